@@ -1,0 +1,192 @@
+"""Layers shared by every model: parameters with logical axis names, norms that compute in float32.
+
+Conventions: a layer computes in the dtype of its input and casts its parameters to it, so one set of
+parameters serves bf16 inference and float32 parity tests.  Kernels are ``[inputs, outputs]`` and ``HWIO``;
+images are channels-last.  Every parameter names each of its dimensions with a logical axis
+(``None`` for dimensions that are never sharded); `sharding/rules.py` maps those names to mesh axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+Initializer = Callable[..., jax.Array]
+Axes = tuple[str | None, ...]
+
+lecun_normal: Initializer = jax.nn.initializers.lecun_normal()
+zeros: Initializer = jax.nn.initializers.zeros
+ones: Initializer = jax.nn.initializers.ones
+
+
+def parameter(
+    rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike
+) -> nnx.Param:
+    """A parameter of ``shape`` whose dimensions carry the logical names ``axes``."""
+    if len(axes) != len(shape):
+        raise ValueError(f"shape {shape} needs one axis name per dimension, got {axes}")
+    return nnx.Param(init(rngs.params(), shape, dtype), sharding_names=axes)
+
+
+def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """``count`` copies of a module with a leading ``layers`` axis on every parameter, ready for `jax.lax.scan`."""
+
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def construct(key: jax.Array) -> nnx.Module:
+        return build(nnx.Rngs(key))
+
+    return construct(jax.random.split(rngs.params(), count))
+
+
+class Linear(nnx.Module):
+    """``y = x @ kernel + bias`` over the last axis."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool = True,
+        axes: tuple[str | None, str | None] = ("embed", "mlp"),
+        init: Initializer = lecun_normal,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = parameter(rngs, init, (inputs, outputs), axes, dtype)
+        self.bias = parameter(rngs, zeros, (outputs,), (axes[1],), dtype) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Conv(nnx.Module):
+    """2-D convolution, NHWC x HWIO.  ``padding`` is one `(low, high)` pair used for both spatial axes."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        kernel: int = 3,
+        stride: int = 1,
+        padding: tuple[int, int] = (1, 1),
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        axes = (None, None, "conv_in", "conv_out")
+        self.kernel = parameter(rngs, lecun_normal, (kernel, kernel, inputs, outputs), axes, dtype)
+        self.bias = parameter(rngs, zeros, (outputs,), ("conv_out",), dtype)
+        self.stride = stride
+        self.padding = padding
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.kernel[...].astype(x.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=(self.padding, self.padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of a table, looked up by integer id."""
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        *,
+        axes: tuple[str | None, str | None] = ("vocab", "embed"),
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.table = parameter(rngs, jax.nn.initializers.normal(0.02), (rows, width), axes, dtype)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.table[...][ids]
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, in float32; ``affine=False`` for adaLN blocks."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        affine: bool = True,
+        epsilon: float = 1e-6,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
+        self.epsilon = epsilon
+        self.scale = parameter(rngs, ones, (width,), ("norm",), dtype) if affine else None
+        self.bias = parameter(rngs, zeros, (width,), ("norm",), dtype) if affine else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        if self.scale is not None:
+            y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis, in float32."""
+
+    def __init__(self, width: int, *, epsilon: float = 1e-6, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.epsilon = epsilon
+        self.scale = parameter(rngs, ones, (width,), ("norm",), dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation of NHWC activations with statistics over H, W and the group, in float32."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        groups: int = 32,
+        epsilon: float = 1e-6,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if channels % groups:
+            raise ValueError(f"GroupNorm: {channels} channels do not divide into {groups} groups")
+        self.groups = groups
+        self.epsilon = epsilon
+        self.scale = parameter(rngs, ones, (channels,), ("norm",), dtype)
+        self.bias = parameter(rngs, zeros, (channels,), ("norm",), dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, channels = x.shape
+        y = x.astype(jnp.float32).reshape(batch, height, width, self.groups, channels // self.groups)
+        y = y - y.mean((1, 2, 4), keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 2, 4), keepdims=True) + self.epsilon)
+        y = y.reshape(x.shape)
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+def timestep_embedding(value: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
+    """Sinusoidal features of ``value`` [B] (already times 1000): ``[cos | sin]``, float32 [B, width].
+
+    Frequencies ``max_period ** (-i / (width / 2))``, as FLUX.1 uses for sigma and guidance.
+    """
+    half = width // 2
+    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    phase = value.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
