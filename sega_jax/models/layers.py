@@ -30,11 +30,16 @@ def parameter(
     """A parameter of ``shape`` whose dimensions carry the logical names ``axes``."""
     if len(axes) != len(shape):
         raise ValueError(f"shape {shape} needs one axis name per dimension, got {axes}")
-    return nnx.Param(init(rngs.params(), shape, dtype), sharding_names=axes)
+    return nnx.Param(init(rngs.params(), shape, dtype), out_sharding=axes)
+
+
+def _along_last(vector: nnx.Param, like: jax.Array) -> jax.Array:
+    """A per-channel parameter in the dtype and rank of ``like`` (implicit rank promotion is an error)."""
+    return vector[...].astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """``count`` copies of a module with a leading ``layers`` axis on every parameter, ready for `jax.lax.scan`."""
+    """``count`` copies of a module with a leading ``layers`` axis on every parameter, for `jax.lax.scan`."""
 
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
     def construct(key: jax.Array) -> nnx.Module:
@@ -62,7 +67,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.matmul(x, self.kernel[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else y + _along_last(self.bias, y)
 
 
 class Conv(nnx.Module):
@@ -93,7 +98,7 @@ class Conv(nnx.Module):
             padding=(self.padding, self.padding),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + self.bias[...].astype(x.dtype)
+        return y + _along_last(self.bias, y)
 
 
 class Embedding(nnx.Module):
@@ -135,7 +140,7 @@ class LayerNorm(nnx.Module):
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
         if self.scale is not None:
-            y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+            y = y * _along_last(self.scale, y) + _along_last(self.bias, y)
         return y.astype(x.dtype)
 
 
@@ -149,7 +154,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return (y * _along_last(self.scale, y)).astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):
@@ -177,7 +182,7 @@ class GroupNorm(nnx.Module):
         y = y - y.mean((1, 2, 4), keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 2, 4), keepdims=True) + self.epsilon)
         y = y.reshape(x.shape)
-        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        y = y * _along_last(self.scale, y) + _along_last(self.bias, y)
         return y.astype(x.dtype)
 
 
