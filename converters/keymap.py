@@ -19,7 +19,12 @@ import numpy as np
 
 Dims = Mapping[str, int]
 Size = int | str
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
 
 
 def evaluate(size: Size, dims: Dims) -> int:

@@ -24,9 +24,7 @@ zeros: Initializer = jax.nn.initializers.zeros
 ones: Initializer = jax.nn.initializers.ones
 
 
-def parameter(
-    rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike
-) -> nnx.Param:
+def parameter(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike) -> nnx.Param:
     """A parameter of ``shape`` whose dimensions carry the logical names ``axes``."""
     if len(axes) != len(shape):
         raise ValueError(f"shape {shape} needs one axis name per dimension, got {axes}")

@@ -1,0 +1,121 @@
+"""The one entry to attention: streams are joined, rotated and scaled here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from sega_jax.attention.local import Request, choose
+from sega_jax.attention.merge import merge
+from sega_jax.layouts.streams import Call, KeySet, Tokens
+from sega_jax.positional.rope import rotate
+
+Streams = Mapping[str, jax.Array]
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None = None,
+    kv_length: jax.Array | None = None,
+    block_map=None,
+    backend: str = "auto",
+) -> jax.Array:
+    """Plain attention of q [B, Nq, H, D] over k [B, Nk, H, D] and v [B, Nk, H, Dv] -> [B, Nq, H, Dv].
+
+    ``scale`` defaults to ``D ** -0.5``.  See `sega_jax.attention.local` for the other arguments.
+    """
+    request = Request(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, kv_length, block_map)
+    kernel, _ = choose(request, backend)
+    return kernel.run(request)[0]
+
+
+def _take(x: jax.Array, index: jax.Array | None) -> jax.Array:
+    """[B, N, H, D] -> [B, groups, n, H, D]; padding indices give zeros."""
+    if index is None:
+        return x[:, None]
+    index = jnp.asarray(index)
+    if index.ndim == 1:
+        return x.at[:, index].get(mode="fill", fill_value=0)[:, None]
+    index = index.reshape(index.shape[0], -1, index.shape[-1])
+    index = jnp.broadcast_to(index, (x.shape[0], *index.shape[1:]))
+    return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0))(x, index)
+
+
+def _put(out: jax.Array, index: jax.Array, length: int) -> jax.Array:
+    """Inverse of `_take`: [B, groups, n, H, D] -> [B, length, H, D], zeros where no row was written."""
+    batch, groups, count, heads, width = out.shape
+    index = jnp.asarray(index)
+    index = jnp.broadcast_to(index.reshape(-1, groups * count), (batch, groups * count))
+    rows = out.reshape(batch, groups * count, heads, width)
+    empty = jnp.zeros((length, heads, width), out.dtype)
+    return jax.vmap(lambda row, i: empty.at[i].set(row, mode="drop"))(rows, index)
+
+
+def _gather(streams: Streams, tokens: tuple[Tokens, ...], turn: bool) -> jax.Array:
+    """The streams of a call, rotated and concatenated: [B, groups, n, H, D]."""
+    parts = []
+    for t in tokens:
+        x = _take(streams[t.stream], t.index)
+        if turn and t.table is not None:
+            x = rotate(x, t.table.cos * t.table.magnitude, t.table.sin * t.table.magnitude)
+        parts.append(x)
+    groups = max(part.shape[1] for part in parts)
+    for t in tokens:
+        if turn and t.table is not None:
+            groups = max(groups, t.table.cos.shape[1])
+    parts = [jnp.broadcast_to(p, (p.shape[0], groups, *p.shape[2:])) for p in parts]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
+
+
+def _attend_set(q: Streams, k: Streams, v: Streams, keys: KeySet, backend: str) -> tuple[jax.Array, jax.Array]:
+    joined = [_gather(q, keys.queries, True), _gather(k, keys.keys, True), _gather(v, keys.keys, False)]
+    batch, groups = joined[0].shape[0], max(x.shape[1] for x in joined)
+    flat = [jnp.broadcast_to(x, (batch, groups, *x.shape[2:])).reshape(batch * groups, *x.shape[2:]) for x in joined]
+    length = keys.kv_length
+    if length is not None:
+        length = jnp.broadcast_to(length.reshape(length.shape[0], -1), (batch, groups)).reshape(-1)
+    request = Request(*flat, flat[0].shape[-1] ** -0.5, length, keys.block_map)
+    kernel, _ = choose(request, backend)
+    out, lse = kernel.run(request)
+    return out.reshape(batch, groups, *out.shape[1:]), lse.reshape(batch, groups, *lse.shape[1:])
+
+
+def attend(
+    q: Streams, k: Streams, v: Streams, calls: tuple[Call, ...], *, backend: str = "auto"
+) -> dict[str, jax.Array]:
+    """Attention over streams.
+
+    Args:
+        q, k, v: un-rotated streams, each [B, N, H, D].
+        calls: bound calls of a layout (`layouts.streams.bind`).
+        backend: name of a registered kernel, or ``"auto"``.
+
+    Returns:
+        For every queried stream its output [B, N, H, D], in the dtype of ``q``; tokens that no call asks for
+        are zero.
+    """
+    results: dict[str, jax.Array] = {}
+    for call in calls:
+        out, lse = _attend_set(q, k, v, call.sets[0], backend)
+        for keys in call.sets[1:]:
+            out, lse = merge((out, lse), _attend_set(q, k, v, keys, backend))
+        start = 0
+        for tokens, reduction in zip(call.sets[0].queries, call.reduce, strict=True):
+            length = q[tokens.stream].shape[1]
+            count = length if tokens.index is None else tokens.index.shape[-1]
+            rows = out[:, :, start : start + count]
+            start += count
+            if reduction == "mean":
+                result = rows.astype(jnp.float32).mean(1).astype(rows.dtype)
+            elif tokens.index is None:
+                result = rows[:, 0]
+            else:
+                result = _put(rows, tokens.index, length)
+            previous = results.get(tokens.stream)
+            results[tokens.stream] = result if previous is None else previous + result
+    return results

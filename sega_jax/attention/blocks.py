@@ -1,0 +1,96 @@
+"""Block maps: which key blocks a query block visits, as compressed rows.
+
+Built on the host from geometry, passed to kernels as small traced arrays.  A block is skipped, visited whole, or
+visited under one of a few boolean patterns, so no [N, N] mask ever exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockMap:
+    """Compressed rows of visited key blocks.
+
+    Attributes:
+        block_q, block_k: block sides in tokens.
+        count: i32 [Q], visited key blocks per query block.
+        columns: i32 [Q, J], their indices in ascending order; entries past ``count`` repeat a valid one.
+        pattern: i32 [Q, J], 0 for a whole block, ``p > 0`` for ``patterns[p - 1]``.
+        patterns: bool [P, block_q, block_k], True where a query may see a key.
+    """
+
+    block_q: int = field(metadata={"static": True})
+    block_k: int = field(metadata={"static": True})
+    count: jax.Array
+    columns: jax.Array
+    pattern: jax.Array
+    patterns: jax.Array
+
+    @property
+    def visited(self) -> int:
+        """Number of visited blocks; needs concrete arrays."""
+        return int(np.sum(np.asarray(self.count)))
+
+    def dense(self, queries: int, keys: int) -> jax.Array:
+        """The boolean mask [queries, keys]; for oracles and small grids only."""
+        rows, width = self.columns.shape
+        patterns = jnp.concatenate([jnp.ones((1, self.block_q, self.block_k), bool), self.patterns])
+        blocks = patterns[self.pattern] & (jnp.arange(width)[None, :] < self.count[:, None])[:, :, None, None]
+        total = -(-keys // self.block_k)
+        mask = jnp.zeros((rows, total, self.block_q, self.block_k), bool)
+        mask = mask.at[jnp.arange(rows)[:, None], self.columns].max(blocks)
+        mask = mask.transpose(0, 2, 1, 3).reshape(rows * self.block_q, total * self.block_k)
+        return mask[:queries, :keys]
+
+
+def from_blocks(pattern: np.ndarray, patterns: np.ndarray, block_q: int, block_k: int) -> BlockMap:
+    """A block map from a pattern number per block.
+
+    Args:
+        pattern: int [Q, K], -1 to skip, 0 for whole, ``p > 0`` for ``patterns[p - 1]``.
+        patterns: bool [P, block_q, block_k].
+    """
+    kept = pattern >= 0
+    count = kept.sum(1).astype(np.int32)
+    width = max(1, int(count.max(initial=0)))
+    columns = np.zeros((len(pattern), width), np.int32)
+    kinds = np.zeros((len(pattern), width), np.int32)
+    for row in range(len(pattern)):
+        visited = np.flatnonzero(kept[row])
+        if len(visited):
+            columns[row] = visited[-1]
+            columns[row, : len(visited)] = visited
+            kinds[row, : len(visited)] = pattern[row, visited]
+    return BlockMap(block_q, block_k, count, columns, kinds, np.asarray(patterns, bool).reshape(-1, block_q, block_k))
+
+
+def from_mask(mask: np.ndarray, block_q: int, block_k: int) -> BlockMap:
+    """A block map equal to a boolean mask [queries, keys]; partial blocks share patterns.  Host, small grids."""
+    queries, keys = mask.shape
+    rows, columns = -(-queries // block_q), -(-keys // block_k)
+    padded = np.zeros((rows * block_q, columns * block_k), bool)
+    padded[:queries, :keys] = mask
+    blocks = padded.reshape(rows, block_q, columns, block_k).transpose(0, 2, 1, 3)
+    pattern = np.full((rows, columns), -1)
+    known: dict[bytes, int] = {}
+    distinct: list[np.ndarray] = []
+    for r in range(rows):
+        for c in range(columns):
+            block = blocks[r, c]
+            if block.all():
+                pattern[r, c] = 0
+            elif block.any():
+                key = block.tobytes()
+                if key not in known:
+                    distinct.append(block)
+                    known[key] = len(distinct)
+                pattern[r, c] = known[key]
+    patterns = np.stack(distinct) if distinct else np.zeros((0, block_q, block_k), bool)
+    return from_blocks(pattern, patterns, block_q, block_k)

@@ -1,0 +1,160 @@
+"""Streams and calls: where a token sits, and whom it sees.
+
+A sequence is a dict of named streams (text, image, low-resolution image, ...), kept as separate arrays
+``[B, N, H, D]`` through all blocks.  A layout describes attention as a static tuple of `Call`s over a traced
+pytree of positions and indices; models hand over un-rotated q, k, v and never see positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from sega_jax.attention.blocks import BlockMap
+from sega_jax.geometry import Grid
+from sega_jax.positional.rope import Rope, magnitudes, phases
+
+StreamKind = Literal["text", "image"]
+Reduction = Literal["scatter", "mean"]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How a model treats one stream.
+
+    Attributes:
+        name: key in the dict of streams.
+        kind: which of the model's embedder and double-block weights it uses.
+        sigma: the stream's own noise level, or None for the sampler's (Scale-DiT's clean stream has 0).
+    """
+
+    name: str
+    kind: StreamKind
+    sigma: float | None = None
+
+
+class Table(NamedTuple):
+    """Rotation of the tokens of a call: ``cos, sin`` f32 [b, g, n, h, D/2], ``magnitude`` f32 [b, 1, 1, h, D/2].
+
+    ``b``, ``g`` and ``h`` are 1 wherever the rotation does not depend on sample, group or head.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    magnitude: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tokens:
+    """One stream's share of a call.
+
+    Attributes:
+        stream: name of the stream.
+        rope: ``(grid, kind)``, which of the step's ropes turns these tokens; None leaves them un-rotated.
+        ids: positions on that grid, f32 [n, axes], [b, n, axes] or [b, groups, n, axes].
+        index: which tokens of the stream, i32 [n], [b, n] or [b, groups, n]; None takes all in order.
+            An index equal to the stream's length is padding: a zero token on input, dropped on output.
+        table: the rotation, once `bind` has met positions and ropes.
+    """
+
+    stream: str = field(metadata={"static": True})
+    rope: tuple[str, str] | None = field(default=None, metadata={"static": True})
+    ids: jax.Array | None = None
+    index: jax.Array | None = None
+    table: Table | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KeySet:
+    """Queries and keys of one softmax, or of one part of it.
+
+    Attributes:
+        queries: streams asking, concatenated in this order.
+        keys: streams answering, concatenated in this order.
+        block_map: which key blocks each query block visits; None is all.
+        kv_length: i32 [b] or [b, groups], number of valid keys (they come first); None is all.
+    """
+
+    queries: tuple[Tokens, ...]
+    keys: tuple[Tokens, ...]
+    block_map: BlockMap | None = None
+    kv_length: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Call:
+    """One attention call: key sets over the same query tokens, merged by log-sum-exp.
+
+    Attributes:
+        sets: key sets; all name the same query streams and indices (positions may differ).
+        reduce: per query stream, ``"scatter"`` writes each output row to its token, ``"mean"`` averages over
+            the groups (every group asks with the whole stream).
+    """
+
+    sets: tuple[KeySet, ...]
+    reduce: tuple[Reduction, ...] = field(metadata={"static": True})
+
+
+class Layout(Protocol):
+    """Where tokens sit and whom they see, for a geometry."""
+
+    name: str
+
+    def streams(self) -> tuple[Stream, ...]: ...
+
+    def grids(self, grid: Grid) -> dict[str, Grid]:
+        """Grids that positional encodings are asked for; a call's tokens name one of them."""
+        ...
+
+    def calls(self, grid: Grid) -> tuple[Call, ...]: ...
+
+
+def _table(rope: Rope, ids: jax.Array) -> Table:
+    ids = jnp.asarray(ids)
+    ids = ids.reshape(*(1,) * (4 - ids.ndim), *ids.shape)  # [b, g, n, axes]
+
+    def sample_and_head(x: jax.Array) -> jax.Array:  # [pairs] | [b, pairs] | [b, h, pairs] -> [b, h, pairs]
+        if x.ndim > 3:
+            raise ValueError(f"a rope has at most batch and head axes before the pairs, got shape {x.shape}")
+        return x.reshape(1, 1, -1) if x.ndim == 1 else x.reshape(x.shape[0], -1, x.shape[-1])
+
+    turned = phases(Rope(tuple(sample_and_head(f) for f in rope.frequencies), ()), ids)  # [b', h, b, g, n, pairs]
+    rope_batch, heads, id_batch = turned.shape[:3]
+    if rope_batch > 1 and id_batch > 1:
+        turned = jnp.stack([turned[i, :, i] for i in range(id_batch)])
+    else:
+        turned = jnp.moveaxis(turned, 2, 1).reshape(rope_batch * id_batch, heads, *turned.shape[3:])
+    turned = jnp.moveaxis(turned, 1, 3)  # [b, g, n, h, pairs]
+    magnitude = sample_and_head(magnitudes(rope))[:, None, None]
+    return Table(jnp.cos(turned), jnp.sin(turned), magnitude)
+
+
+def bind(calls: tuple[Call, ...], ropes: Mapping[str, Mapping[str, Rope]]) -> tuple[Call, ...]:
+    """Positions and this step's ropes become rotation tables, once per step for all blocks.
+
+    Args:
+        calls: a layout's calls.
+        ropes: grid name -> stream kind -> `Rope`, as the positional method returned it for that grid.
+    """
+    known: dict[tuple[tuple[str, str], int], Table] = {}  # queries and keys usually share their ids
+
+    def tokens(t: Tokens) -> Tokens:
+        if t.rope is None:
+            return replace(t, ids=None)
+        slot = (t.rope, id(t.ids))
+        if slot not in known:
+            grid, kind = t.rope
+            known[slot] = _table(ropes[grid][kind], t.ids)
+        return replace(t, ids=None, table=known[slot])
+
+    def key_set(s: KeySet) -> KeySet:
+        return replace(s, queries=tuple(map(tokens, s.queries)), keys=tuple(map(tokens, s.keys)))
+
+    return tuple(replace(call, sets=tuple(map(key_set, call.sets))) for call in calls)
