@@ -12,13 +12,15 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 Dims = Mapping[str, int]
 Size = int | str
+# A key map's declared variants of source names: the name its rows use, or None for a tensor to ignore.
+Rename = Callable[[str], str | None]
 _OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -158,3 +160,16 @@ def expand(rows: Sequence[Row], dims: Dims) -> Iterator[Tensor]:
         for i in range(count):
             slots = tuple(_slot(target.replace("{i}", str(i))) for target in targets)
             yield Tensor(row.source.replace("{i}", str(i)), shape, slots, row.ops, sizes)
+
+
+def canonical(names: Iterable[str], rename: Rename) -> dict[str, tuple[str, ...]]:
+    """The names a key map's rows use, each with the names it goes by in a checkpoint; ignored ones left out.
+
+    More than one means that the checkpoint holds the same tensor several times, under declared aliases.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        known = rename(name)
+        if known is not None:
+            found.setdefault(known, []).append(name)
+    return {known: tuple(aliases) for known, aliases in found.items()}

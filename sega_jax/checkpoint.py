@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from converters.errors import CoverageError
-from converters.keymap import Dims, Row, Tensor, expand
+from converters.errors import CheckpointError, CoverageError
+from converters.keymap import Dims, Rename, Row, Tensor, canonical, expand
 from sega_jax.models.abstract import build_abstract, parameters
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -40,6 +40,39 @@ class ArraySource:
 
     def read(self, name: str) -> np.ndarray:
         return self._arrays[name]
+
+
+class RenamedSource:
+    """A source under the names a key map uses: other names of a tensor translated, ignorable tensors hidden.
+
+    A tensor saved under several of its names is one tensor; its copies must be equal.
+    """
+
+    def __init__(self, source: TensorSource, rename: Rename):
+        self._source = source
+        self._names = canonical(source.keys(), rename)
+
+    def keys(self) -> Iterable[str]:
+        return self._names.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(self._names[name][0])
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor.
+
+        Raises:
+            CheckpointError: if the checkpoint holds it several times and the copies differ.
+        """
+        first, *others = self._names[name]
+        tensor = self._source.read(first)
+        for other in others:
+            if not np.array_equal(tensor, self._source.read(other)):
+                raise CheckpointError(
+                    f"{first} and {other} are two names of one tensor but differ in the checkpoint; "
+                    "it is damaged or of another model: download or convert it again"
+                )
+        return tensor
 
 
 def check_cover(tensors: Iterable[Tensor], source: TensorSource, targets: Mapping[str, tuple[int, ...]]) -> None:
@@ -74,13 +107,16 @@ def check_cover(tensors: Iterable[Tensor], source: TensorSource, targets: Mappin
                 problems.append(f"key map shape: {slot.path} takes {expected}, the map gives {shape}")
             taken = filled.setdefault(slot.path, set())
             if slot.index in taken:
-                problems.append(f"filled twice: {slot.path}[{slot.index}]")
+                problems.append(f"filled twice: {slot.path}{'' if slot.index is None else [slot.index]}")
             taken.add(slot.index)
     problems += [f"not recognised: {name} {source.shape(name)}" for name in sorted(available - used)]
     for path, shape in targets.items():
         got = filled.get(path, set())
-        if got not in ({None}, set(range(shape[0])) if shape else set()):
+        every = set(range(shape[0])) if shape else {None}
+        if not got and every:
             problems.append(f"never filled: {path} {shape}")
+        elif got not in ({None}, every):
+            problems.append(f"filled in part: {path} {shape}, by slices {sorted(got, key=str)}")
     if problems:
         shown = "\n  ".join(problems[:40])
         more = f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else ""
