@@ -19,6 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from sega_jax.attention import attention
 from sega_jax.models.layers import Conv, GroupNorm, Linear
 
 # Keys of an AutoencoderKL config.json that change nothing in the computation.
@@ -63,9 +64,7 @@ class VaeConfig:
         for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"VaeConfig: {name} must be at least 1, got {getattr(self, name)}")
-        if uneven := [
-            width for width in self.block_out_channels if width < 1 or width % self.norm_num_groups
-        ]:
+        if uneven := [width for width in self.block_out_channels if width < 1 or width % self.norm_num_groups]:
             raise ValueError(
                 f"VaeConfig: widths {uneven} of block_out_channels do not divide into "
                 f"norm_num_groups={self.norm_num_groups} groups"
@@ -128,9 +127,7 @@ class ResnetBlock(nnx.Module):
         self.norm2 = GroupNorm(outputs, groups=groups, dtype=dtype, rngs=rngs)
         self.conv2 = Conv(outputs, outputs, dtype=dtype, rngs=rngs)
         self.shortcut = (
-            Conv(inputs, outputs, kernel=1, padding=(0, 0), dtype=dtype, rngs=rngs)
-            if inputs != outputs
-            else None
+            Conv(inputs, outputs, kernel=1, padding=(0, 0), dtype=dtype, rngs=rngs) if inputs != outputs else None
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -153,8 +150,6 @@ class SpatialAttention(nnx.Module):
         self.out = linear(("heads", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        from sega_jax.attention import attention
-
         batch, height, width, channels = x.shape
         tokens = self.norm(x).reshape(batch, height * width, channels)
         query, key, value = (layer(tokens)[:, :, None, :] for layer in (self.query, self.key, self.value))
@@ -192,8 +187,7 @@ class DownBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.resnets = nnx.List(
-            ResnetBlock(outputs if i else inputs, outputs, groups=groups, dtype=dtype, rngs=rngs)
-            for i in range(layers)
+            ResnetBlock(outputs if i else inputs, outputs, groups=groups, dtype=dtype, rngs=rngs) for i in range(layers)
         )
         # Padding only below and to the right is what published weights were trained with.
         self.downsample = (
@@ -221,8 +215,7 @@ class UpBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.resnets = nnx.List(
-            ResnetBlock(outputs if i else inputs, outputs, groups=groups, dtype=dtype, rngs=rngs)
-            for i in range(layers)
+            ResnetBlock(outputs if i else inputs, outputs, groups=groups, dtype=dtype, rngs=rngs) for i in range(layers)
         )
         self.upsample = Conv(outputs, outputs, dtype=dtype, rngs=rngs) if upsample else None
 
@@ -321,9 +314,7 @@ class Vae(nnx.Module):
         self.quant_conv = pointwise(2 * config.latent_channels) if config.use_quant_conv else None
         self.post_quant_conv = pointwise(config.latent_channels) if config.use_post_quant_conv else None
 
-    def encode(
-        self, images: Float[Array, "B H W C"]
-    ) -> tuple[Float[Array, "B h w L"], Float[Array, "B h w L"]]:
+    def encode(self, images: Float[Array, "B H W C"]) -> tuple[Float[Array, "B h w L"], Float[Array, "B h w L"]]:
         """Raw (not normalised) moments of the posterior.
 
         Args:
