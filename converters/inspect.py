@@ -1,0 +1,196 @@
+"""What a checkpoint, image or latents file is made of, from names and headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from converters.errors import CheckpointError
+from converters.formats import METADATA_KEY, Kind, SafetensorsSource, choose_weights, detect, open_tensors
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component or file.
+
+    Attributes:
+        name: component name, or the file's.
+        class_name: what the configuration says it is.
+        files: weight files.
+        tensors: number of tensors.
+        parameters: number of values in them.
+        dtypes: storage type -> number of values.
+        nbytes: bytes of all tensors.
+        problem: why it cannot be used, if so; the counts are then zero.
+    """
+
+    name: str
+    class_name: str | None = None
+    files: tuple[str, ...] = ()
+    tensors: int = 0
+    parameters: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+    nbytes: int = 0
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `inspect` found; ``str()`` is a table for people, `to_dict` is for programs.
+
+    Attributes:
+        path: what was inspected.
+        kind: `converters.formats.Kind` by its value, or "image".
+        description: one line.
+        parts: components, or the single file.
+        metadata: name of each text record in the file -> what it is ("JSON, 14 fields").
+    """
+
+    path: str
+    kind: str
+    description: str
+    parts: tuple[Part, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """Plain dictionaries, lists and numbers."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.kind}", f"  {self.description}"]
+        weighed = [part for part in self.parts if part.tensors]
+        if weighed:
+            header = ("component", "class", "tensors", "parameters", "bytes", "dtypes", "files")
+            rows = [_row(part) for part in self.parts]
+            if len(weighed) > 1:
+                rows.append(_row(_total(weighed)))
+            widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+            for row in [header, *rows]:
+                cells = [
+                    cell.rjust(width) if 2 <= i <= 4 else cell.ljust(width)
+                    for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+                ]
+                lines.append("  " + "  ".join(cells).rstrip())
+        lines += [f"  problem in {part.name}: {part.problem}" for part in self.parts if part.problem]
+        lines += [f"  metadata {name!r}: {what}" for name, what in self.metadata.items()]
+        return "\n".join(lines)
+
+
+def _row(part: Part) -> tuple[str, ...]:
+    shares = ", ".join(
+        dtype if len(part.dtypes) == 1 else f"{dtype} {count / max(part.parameters, 1):.1%}"
+        for dtype, count in part.dtypes.items()
+    )
+    return (
+        part.name,
+        part.class_name or "-",
+        str(part.tensors or "-"),
+        f"{part.parameters:,}" if part.tensors else "-",
+        f"{part.nbytes:,}" if part.tensors else "-",
+        shares or "-",
+        str(len(part.files) or "-"),
+    )
+
+
+def _total(parts: list[Part]) -> Part:
+    dtypes: Counter[str] = Counter()
+    for part in parts:
+        dtypes.update(part.dtypes)
+    return Part(
+        name="total",
+        files=tuple(file for part in parts for file in part.files),
+        tensors=sum(part.tensors for part in parts),
+        parameters=sum(part.parameters for part in parts),
+        dtypes=dict(dtypes.most_common()),
+        nbytes=sum(part.nbytes for part in parts),
+    )
+
+
+def _weigh(name: str, class_name: str | None, source: SafetensorsSource) -> Part:
+    dtypes: Counter[str] = Counter()
+    for key in source.keys():  # noqa: SIM118  not a mapping
+        dtypes[source.dtype(key)] += math.prod(source.shape(key))
+    return Part(
+        name=name,
+        class_name=class_name,
+        files=tuple(path.name for path in source.files),
+        tensors=len(source.keys()),
+        parameters=dtypes.total(),
+        dtypes=dict(dtypes.most_common()),
+        nbytes=source.nbytes,
+    )
+
+
+def _component(folder: Path, name: str, class_name: str | None) -> Part:
+    try:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: the folder is missing")
+        names = [entry.name for entry in folder.iterdir()]
+        if choose_weights(names, str(folder)) is None:
+            if "config.json" in names:
+                raise CheckpointError(f"{folder}: has a config.json but no safetensors weights")
+            return Part(name, class_name)  # a tokenizer or a scheduler
+        with open_tensors(folder) as source:
+            return _weigh(name, class_name, source)
+    except CheckpointError as exc:
+        return Part(name, class_name, problem=str(exc))
+
+
+def inspect(path: str | Path) -> Report:
+    """What lies at a path.  Reads names and headers, never weights or pixels.
+
+    Args:
+        path: a pipeline or component folder, a safetensors file, or an image.
+
+    Raises:
+        CheckpointError: nothing is there, or it is neither a checkpoint nor an image.  A damaged component of a
+            pipeline is reported in its part instead.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        return _inspect_image(path)
+    layout = detect(path)
+    kind, description = layout.kind.value, layout.description
+    match layout.kind:
+        case Kind.PIPELINE:
+            parts = tuple(
+                _component(path / name, name, class_name) for name, (_, class_name) in layout.components.items()
+            )
+            return Report(str(path), kind, description, parts)
+        case Kind.COMPONENT:
+            return Report(str(path), kind, description, (_component(path, path.name, layout.class_name),))
+        case Kind.SAFETENSORS | Kind.BFL_TRANSFORMER:
+            with open_tensors(path) as source:
+                metadata = {name: _kind_of(text) for name, text in source.metadata.items()}
+                if description == "latents":
+                    description = f"latents {list(source.shape('latents'))}"
+                return Report(str(path), kind, description, (_weigh(path.name, None, source),), metadata)
+    raise CheckpointError(f"{path}: {description}")
+
+
+def _inspect_image(path: Path) -> Report:
+    try:
+        with Image.open(path) as image:
+            description = f"{image.format} image, {image.width}x{image.height}, mode {image.mode}"
+            metadata = {name: _kind_of(text) for name, text in image.info.items() if isinstance(text, str)}
+            comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")  # EXIF user comment
+            if isinstance(comment, bytes) and METADATA_KEY.encode() in comment:
+                metadata[METADATA_KEY] = "JSON in the EXIF user comment"
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as exc:
+        raise CheckpointError(f"{path}: cannot be read as an image ({exc})") from exc
+    if METADATA_KEY not in metadata:
+        description += ", not made by sega-jax or stripped of its record"
+    return Report(str(path), "image", description, metadata=metadata)
+
+
+def _kind_of(text: str) -> str:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return f"text, {len(text)} characters"
+    return f"JSON, {len(value)} fields" if isinstance(value, dict) else f"text, {len(text)} characters"
