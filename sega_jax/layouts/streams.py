@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from sega_jax.attention.blocks import BlockMap
 from sega_jax.geometry import Grid
+from sega_jax.layouts.blocks import BlockMap
 from sega_jax.positional.rope import Rope, magnitudes, phases
 
 StreamKind = Literal["text", "image"]

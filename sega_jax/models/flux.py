@@ -1,0 +1,337 @@
+"""The FLUX.1 transformer: double-stream blocks, then single-stream blocks, over any streams and any layout.
+
+The model receives streams, per-stream noise levels and bound attention calls.  It knows no positional method and
+no layout: positions live in the calls, and `attend` is the only place where streams meet.
+Architecture as published with the weights (Black Forest Labs, FLUX.1); adaLN-Zero modulation as in DiT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from sega_jax.attention import attend
+from sega_jax.geometry import RopeSpec
+from sega_jax.layouts.streams import Call, Stream
+from sega_jax.models.layers import LayerNorm, Linear, RMSNorm, stack, timestep_embedding, zeros
+
+TIME_FEATURES = 256  # width of the sinusoidal features of sigma and guidance
+
+MLP_RATIO = 4  # hidden width of the MLPs over the model width, in every published checkpoint
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """Sizes of a FLUX.1 transformer.
+
+    Attributes:
+        in_channels: channels of a packed latent token (VAE channels times 4).
+        double_layers, single_layers: block counts.
+        heads, head_dim: attention heads and channels per head.
+        text_dim, pooled_dim: widths of the T5 sequence and of the pooled CLIP vector.
+        guidance_embeds: whether distilled guidance is an input (dev) or not (schnell).
+        rope_dims: head channels per rotary axis (frame, row, column).
+        theta: rotary base.
+    """
+
+    in_channels: int = 64
+    double_layers: int = 19
+    single_layers: int = 38
+    heads: int = 24
+    head_dim: int = 128
+    text_dim: int = 4096
+    pooled_dim: int = 768
+    guidance_embeds: bool = True
+    rope_dims: tuple[int, ...] = (16, 56, 56)
+    theta: float = 10_000.0
+
+    def __post_init__(self):
+        if sum(self.rope_dims) != self.head_dim:
+            raise ValueError(f"rope_dims={self.rope_dims}: must add up to head_dim={self.head_dim}")
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return MLP_RATIO * self.width
+
+    def rope_spec(self, trained: tuple[int, int] = (64, 64), pixels_per_token: int = 16) -> RopeSpec:
+        """Rotary geometry of this family: corner ids, trained on ``trained`` tokens per side."""
+        return RopeSpec(self.rope_dims, self.theta, trained, "corner", pixels_per_token)
+
+    @classmethod
+    def dev(cls) -> FluxConfig:
+        """FLUX.1-dev (also Krea-dev): 11,901,408,320 parameters."""
+        return cls()
+
+    @classmethod
+    def schnell(cls) -> FluxConfig:
+        """FLUX.1-schnell: no guidance input, 11,891,178,560 parameters."""
+        return cls(guidance_embeds=False)
+
+    @classmethod
+    def from_dict(cls, config: Mapping) -> FluxConfig:
+        """From a diffusers ``transformer/config.json``.
+
+        Raises:
+            ValueError: for keys this model does not implement, named.
+        """
+        names = {
+            "in_channels": "in_channels",
+            "num_layers": "double_layers",
+            "num_single_layers": "single_layers",
+            "num_attention_heads": "heads",
+            "attention_head_dim": "head_dim",
+            "joint_attention_dim": "text_dim",
+            "pooled_projection_dim": "pooled_dim",
+            "guidance_embeds": "guidance_embeds",
+            "axes_dims_rope": "rope_dims",
+        }
+        fixed = {"patch_size", "out_channels"}  # checked below
+        unknown = sorted(key for key in set(config) - set(names) - fixed if not key.startswith("_"))
+        if unknown:
+            raise ValueError(f"FLUX transformer config: unknown keys {unknown}; known: {sorted(names)}")
+        if config.get("patch_size", 1) != 1:
+            raise ValueError(f"FLUX transformer config: patch_size={config['patch_size']}, only 1 is implemented")
+        if config.get("out_channels") not in (None, config.get("in_channels", cls.in_channels)):
+            raise ValueError(f"FLUX transformer config: out_channels={config['out_channels']} must equal in_channels")
+        values = {names[key]: value for key, value in config.items() if key in names}
+        if "rope_dims" in values:
+            values["rope_dims"] = tuple(values["rope_dims"])
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """The diffusers ``config.json`` fields of this configuration."""
+        return {
+            "_class_name": "FluxTransformer2DModel",
+            "patch_size": 1,
+            "in_channels": self.in_channels,
+            "out_channels": None,
+            "num_layers": self.double_layers,
+            "num_single_layers": self.single_layers,
+            "attention_head_dim": self.head_dim,
+            "num_attention_heads": self.heads,
+            "joint_attention_dim": self.text_dim,
+            "pooled_projection_dim": self.pooled_dim,
+            "guidance_embeds": self.guidance_embeds,
+            "axes_dims_rope": list(self.rope_dims),
+        }
+
+
+class Embedder(nnx.Module):
+    """Two linear layers with SiLU between: features of sigma, guidance or pooled text to the model width."""
+
+    def __init__(self, inputs: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.into = Linear(inputs, width, axes=(None, "embed"), dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, axes=("embed", "mlp"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(jax.nn.silu(self.into(x)))
+
+
+class Projections(nnx.Module):
+    """Queries, keys and values of one weight set, with RMS-normalised queries and keys."""
+
+    def __init__(self, config: FluxConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width, axes = config.width, ("embed", "heads")
+        self.query = Linear(width, width, axes=axes, dtype=dtype, rngs=rngs)
+        self.key = Linear(width, width, axes=axes, dtype=dtype, rngs=rngs)
+        self.value = Linear(width, width, axes=axes, dtype=dtype, rngs=rngs)
+        self.query_norm = RMSNorm(config.head_dim, dtype=dtype, rngs=rngs)
+        self.key_norm = RMSNorm(config.head_dim, dtype=dtype, rngs=rngs)
+        self.heads = config.heads
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, N, width] -> three times [B, N, heads, head_dim], not rotated."""
+        q, k, v = (y.reshape(*y.shape[:-1], self.heads, -1) for y in (self.query(x), self.key(x), self.value(x)))
+        return self.query_norm(q), self.key_norm(k), v
+
+
+def _modulation(layer: Linear, conditioning: jax.Array, parts: int) -> list[jax.Array]:
+    """Shift, scale and gate vectors, each [B, 1, width]."""
+    return jnp.split(layer(jax.nn.silu(conditioning))[:, None, :], parts, axis=-1)
+
+
+class DoubleHalf(nnx.Module):
+    """One weight set (image or text) of a double-stream block."""
+
+    def __init__(self, config: FluxConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width = config.width
+        self.modulation = Linear(width, 6 * width, init=zeros, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, affine=False)
+        self.attention = Projections(config, dtype=dtype, rngs=rngs)
+        self.attention_out = Linear(width, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.mlp_in = Linear(width, config.mlp_width, dtype=dtype, rngs=rngs)
+        self.mlp_out = Linear(config.mlp_width, width, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+
+    def modulate(self, conditioning: jax.Array) -> list[jax.Array]:
+        return _modulation(self.modulation, conditioning, 6)
+
+    def project(self, x: jax.Array, modulation: list[jax.Array]):
+        shift, scale = modulation[:2]
+        return self.attention(self.norm(x) * (1 + scale) + shift)
+
+    def finish(self, x: jax.Array, attended: jax.Array, modulation: list[jax.Array]) -> jax.Array:
+        gate, shift, scale, mlp_gate = modulation[2:]
+        x = x + gate * self.attention_out(attended)
+        hidden = self.mlp_in(self.norm(x) * (1 + scale) + shift)
+        return x + mlp_gate * self.mlp_out(jax.nn.gelu(hidden, approximate=True))
+
+
+class DoubleBlock(nnx.Module):
+    """Text and image streams with weights of their own, joined in attention."""
+
+    def __init__(self, config: FluxConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.image = DoubleHalf(config, dtype=dtype, rngs=rngs)
+        self.text = DoubleHalf(config, dtype=dtype, rngs=rngs)
+
+    def half(self, kind: str) -> DoubleHalf:
+        return self.text if kind == "text" else self.image
+
+
+class SingleBlock(nnx.Module):
+    """All streams share these weights; attention and MLP run side by side."""
+
+    def __init__(self, config: FluxConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width = config.width
+        self.modulation = Linear(width, 3 * width, init=zeros, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, affine=False)
+        self.attention = Projections(config, dtype=dtype, rngs=rngs)
+        self.mlp_in = Linear(width, config.mlp_width, dtype=dtype, rngs=rngs)
+        self.out = Linear(width + config.mlp_width, width, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+
+    def finish(self, x: jax.Array, attended: jax.Array, normed: jax.Array, gate: jax.Array) -> jax.Array:
+        hidden = jax.nn.gelu(self.mlp_in(normed), approximate=True)
+        return x + gate * self.out(jnp.concatenate([attended, hidden], axis=-1))
+
+
+StreamArrays = dict[str, jax.Array]
+
+
+def _attend(projected: Mapping[str, tuple], calls: tuple[Call, ...], backend: str) -> StreamArrays:
+    q, k, v = ({name: p[i] for name, p in projected.items()} for i in range(3))
+    out = attend(q, k, v, calls, backend=backend)
+    return {name: y.reshape(*y.shape[:2], -1) for name, y in out.items()}
+
+
+class Flux(nnx.Module):
+    """FLUX.1 transformer.
+
+    Example::
+
+        layout, grid = Dense(), config.rope_spec().grid(64, 64, text_tokens=512)
+        calls = bind(layout.calls(grid), {"image": {"text": plain(grid), "image": plain(grid)}})
+        velocity = flux({"text": text, "image": tokens}, sigma, pooled, guidance, calls)["image"]
+    """
+
+    def __init__(self, config: FluxConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        width = config.width
+        self.config = config
+        self.image_embed = Linear(config.in_channels, width, axes=(None, "embed"), dtype=dtype, rngs=rngs)
+        self.text_embed = Linear(config.text_dim, width, axes=(None, "embed"), dtype=dtype, rngs=rngs)
+        self.time = Embedder(TIME_FEATURES, width, dtype=dtype, rngs=rngs)
+        self.guidance = Embedder(TIME_FEATURES, width, dtype=dtype, rngs=rngs) if config.guidance_embeds else None
+        self.pooled = Embedder(config.pooled_dim, width, dtype=dtype, rngs=rngs)
+        self.double = stack(lambda r: DoubleBlock(config, dtype=dtype, rngs=r), config.double_layers, rngs)
+        self.single = stack(lambda r: SingleBlock(config, dtype=dtype, rngs=r), config.single_layers, rngs)
+        self.out_modulation = Linear(width, 2 * width, init=zeros, dtype=dtype, rngs=rngs)
+        self.out_norm = LayerNorm(width, affine=False)
+        self.out = Linear(width, config.in_channels, axes=("embed", None), init=zeros, dtype=dtype, rngs=rngs)
+
+    def condition(self, sigma: jax.Array, pooled: jax.Array, guidance: jax.Array | None) -> jax.Array:
+        """The vector that modulates a stream: float32 [B, width]."""
+        vector = self.time(timestep_embedding(sigma * 1000.0, TIME_FEATURES))
+        vector = vector + self.pooled(pooled.astype(jnp.float32))
+        if self.guidance is None:
+            return vector
+        if guidance is None:
+            raise ValueError("guidance=None: this checkpoint has a guidance embedding and needs a value")
+        return vector + self.guidance(timestep_embedding(guidance * 1000.0, TIME_FEATURES))
+
+    def __call__(
+        self,
+        inputs: Mapping[str, jax.Array],
+        sigma: jax.Array,
+        pooled: jax.Array,
+        guidance: jax.Array | None,
+        calls: tuple[Call, ...],
+        *,
+        streams: tuple[Stream, ...] = (Stream("text", "text"), Stream("image", "image")),
+        backend: str = "auto",
+        remat: bool = False,
+    ) -> StreamArrays:
+        """Velocity of every image stream.
+
+        Args:
+            inputs: stream name -> tokens: text [B, T, text_dim], image streams [B, N, in_channels].
+            sigma: noise level in [0, 1], f32 [B]; streams with a sigma of their own ignore it.
+            pooled: pooled CLIP text, [B, pooled_dim].
+            guidance: distilled guidance scale f32 [B]; ignored by models without the embedding.
+            calls: bound attention calls of the layout.
+            streams: how each stream is treated, in the order of attention.
+            backend: attention kernel.
+            remat: recompute blocks in the backward pass instead of storing their activations.
+
+        Returns:
+            Image stream name -> velocity ``noise - clean``, [B, N, in_channels], in the dtype of the input.
+        """
+        shared = self.condition(sigma, pooled, guidance)
+        conditioning, hidden = {}, {}
+        for stream in streams:
+            x = inputs[stream.name]
+            vector = shared
+            if stream.sigma is not None:
+                vector = self.condition(jnp.full_like(sigma, stream.sigma), pooled, guidance)
+            conditioning[stream.name] = vector.astype(x.dtype)
+            hidden[stream.name] = self.text_embed(x) if stream.kind == "text" else self.image_embed(x)
+
+        def double(hidden: StreamArrays, block: DoubleBlock) -> tuple[StreamArrays, None]:
+            halves = {s.name: block.half(s.kind) for s in streams}
+            modulation = {name: half.modulate(conditioning[name]) for name, half in halves.items()}
+            projected = {name: half.project(hidden[name], modulation[name]) for name, half in halves.items()}
+            attended = _attend(projected, calls, backend)
+            finished = {n: half.finish(hidden[n], attended[n], modulation[n]) for n, half in halves.items()}
+            return finished, None
+
+        def single(hidden: StreamArrays, block: SingleBlock) -> tuple[StreamArrays, None]:
+            normed, gates, projected = {}, {}, {}
+            for name, x in hidden.items():
+                shift, scale, gates[name] = _modulation(block.modulation, conditioning[name], 3)
+                normed[name] = block.norm(x) * (1 + scale) + shift
+                projected[name] = block.attention(normed[name])
+            attended = _attend(projected, calls, backend)
+            return {n: block.finish(x, attended[n], normed[n], gates[n]) for n, x in hidden.items()}, None
+
+        if remat:
+            double, single = jax.checkpoint(double), jax.checkpoint(single)
+        hidden, _ = jax.lax.scan(double, hidden, self.double)
+        hidden, _ = jax.lax.scan(single, hidden, self.single)
+        out = {}
+        for stream in streams:
+            if stream.kind == "image":
+                shift, scale = _modulation(self.out_modulation, conditioning[stream.name], 2)
+                out[stream.name] = self.out(self.out_norm(hidden[stream.name]) * (1 + scale) + shift)
+        return out
+
+
+def pack(latents: jax.Array) -> jax.Array:
+    """Latents [B, H, W, C] to tokens [B, H/2 * W/2, 4 C]: 2x2 patches, channels outermost as in the weights."""
+    batch, height, width, channels = latents.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"latents of {height} x {width}: FLUX packs 2x2 patches, both sides must be even")
+    x = latents.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, height // 2 * (width // 2), channels * 4)
+
+
+def unpack(tokens: jax.Array, height: int, width: int) -> jax.Array:
+    """Inverse of `pack` for a grid of ``height`` x ``width`` tokens: -> [B, 2 height, 2 width, C]."""
+    batch, _, channels = tokens.shape
+    x = tokens.reshape(batch, height, width, channels // 4, 2, 2)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, height * 2, width * 2, channels // 4)
