@@ -37,7 +37,7 @@ def random_torch(config: dict):
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
             if parameter.ndim == 2:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+                parameter.copy_(noise * (3 * parameter.shape[1]) ** -0.5)  # spread of the default init
             else:
                 parameter.copy_(0.1 * noise + ("norm_" in name))
     return model
