@@ -232,25 +232,21 @@ def _special_tokens(folder: Path, defaults: Mapping[str, str]) -> tuple[dict[str
     """
     path = folder / "tokenizer_config.json"
     config = _read_json(path)
-    roles: dict[str, Any] = {role: config.get(role) or token for role, token in defaults.items()}
     listed = config.get("added_tokens_decoder")
-    if listed is not None:
-        if not isinstance(listed, Mapping) or not all(index.isdecimal() for index in listed):
-            raise CheckpointError(f"{path}: added_tokens_decoder must map ids to tokens, got {listed!r}")
-        added = [_token(listed[index], path) for index in sorted(listed, key=int)]
-    else:
-        mapped = _read_json(folder / "special_tokens_map.json")
-        for role in defaults:
-            value = mapped.get(role) or roles[role]
-            roles[role] = {**value, "special": True} if isinstance(value, Mapping) else value
-        contents = {role if isinstance(role, str) else role["content"] for role in roles.values()}
+    mapped = _read_json(folder / "special_tokens_map.json") if listed is None else {}
+    named = {role: _token(mapped.get(role) or config.get(role) or token, path) for role, token in defaults.items()}
+    if listed is None:
+        contents = {token.content for token in named.values()}
         legacy = _read_json(folder / "added_tokens.json")
         added = [
             AddedToken(token, normalized=token not in contents, special=token in contents)
             for token in sorted(legacy, key=legacy.get)
         ]
+    elif isinstance(listed, Mapping) and all(index.isdecimal() for index in listed):
+        added = [_token(listed[index], path) for index in sorted(listed, key=int)]
+    else:
+        raise CheckpointError(f"{path}: added_tokens_decoder must map ids to tokens, got {listed!r}")
     by_content = {token.content: token for token in added}
-    named = {role: _token(value, path) for role, value in roles.items()}
     return {role: by_content.get(token.content, token) for role, token in named.items()}, added
 
 
