@@ -1,0 +1,60 @@
+"""Positional encodings: what a phase means.
+
+A method is a pure function ``(grid, signals) -> {"text": Rope, "image": Rope}``.  Frequency rules (`pi`, `ntk`,
+`yarn`, with `dype` as their strength) chain with magnitude rules (`temperature`, `sega_magnitude`); `get` finds
+methods by preset, expression, ``module:name`` or entry point.
+"""
+
+from sega_jax.positional.chain import (
+    Chain,
+    Method,
+    chain,
+    describe,
+    get,
+    initial_state,
+    next_state,
+    parse,
+    presets,
+    statistic,
+    traceable,
+)
+from sega_jax.positional.dype import dype
+from sega_jax.positional.extrapolate import none, ntk, pi, temperature, yarn
+from sega_jax.positional.rope import Rope, base_frequencies, magnitudes, phases, plain, rotate, tables
+from sega_jax.positional.rules import FrequencyRule, MagnitudeRule, Policy, Signals
+from sega_jax.positional.sega import sega_magnitude
+from sega_jax.positional.spectrum import Spectrum, measure
+
+__all__ = [
+    "Chain",
+    "FrequencyRule",
+    "MagnitudeRule",
+    "Method",
+    "Policy",
+    "Rope",
+    "Signals",
+    "Spectrum",
+    "base_frequencies",
+    "chain",
+    "describe",
+    "dype",
+    "get",
+    "initial_state",
+    "magnitudes",
+    "measure",
+    "next_state",
+    "none",
+    "ntk",
+    "parse",
+    "phases",
+    "pi",
+    "plain",
+    "presets",
+    "rotate",
+    "sega_magnitude",
+    "statistic",
+    "tables",
+    "temperature",
+    "traceable",
+    "yarn",
+]

@@ -94,11 +94,11 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         cos, sin: broadcastable to [..., D/2].
 
     Returns:
-        Same shape and dtype as ``x``; computed in at least float32.
+        Dtype of ``x``, shape broadcast with the tables; computed in at least float32.
     """
     dtype = jnp.promote_types(cos.dtype, jnp.float32)
     even, odd = x[..., 0::2].astype(dtype), x[..., 1::2].astype(dtype)
     rank = max(even.ndim, cos.ndim)
     cos, sin = (t.astype(dtype).reshape(*(1,) * (rank - t.ndim), *t.shape) for t in (cos, sin))
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    return turned.reshape(*turned.shape[:-2], x.shape[-1]).astype(x.dtype)
