@@ -4,7 +4,8 @@ A positional *method* is any callable ``(grid, signals) -> {"text": Rope, "image
 or your own function or object.  It may carry
 
 * ``measure(tokens, grid, probe)``: its own statistic of the latent, handed back as ``Signals.spectrum``;
-* ``init(grid, batch)`` and ``update(state, grid, signals)``: its memory between steps, handed back as ``Signals.state``.
+* ``init(grid, batch)`` and ``update(state, grid, signals)``: its memory between steps, handed back as
+  ``Signals.state``.
 
 `statistic`, `initial_state` and `next_state` call them where they exist.
 """
@@ -144,9 +145,7 @@ def chain(*rules: Any) -> Method:
             "(SEGA replaces YaRN's temperature), so only one can hold; leave one out"
         )
     if len(flat) == 2 and flat[0] is magnitude[0]:
-        raise ValueError(
-            f"{magnitude[0]} stands before {frequency[0]}: a chain is a frequency rule, then a magnitude rule"
-        )
+        raise ValueError(f"{flat[0]} stands before {flat[1]}: a chain is a frequency rule, then a magnitude rule")
     if len(flat) == 2:
         return Chain(*flat)
     return flat[0] if flat else none()
@@ -280,7 +279,8 @@ def _value(node: ast.expr, expression: str) -> Any:
     if isinstance(node, ast.Call):
         return _call(node, SCHEDULES, expression)
     raise ValueError(
-        f"in {expression!r}: expected a number, string, True, False, None, a pair or a schedule, got {ast.unparse(node)!r}"
+        f"in {expression!r}: expected a number, string, True, False, None, a pair or a schedule, "
+        f"got {ast.unparse(node)!r}"
     )
 
 

@@ -4,6 +4,7 @@ Low spatial frequencies of an image settle early in sampling, high ones evolve t
 while sigma is near 1 and return towards the trained encoding as it falls.
 """
 
+# ruff: noqa: RUF009 - the field makers return dataclass fields
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ All of them leave an axis at or below its trained length exactly as trained: geo
 branch.  The frame axis is never scaled.
 """
 
+# ruff: noqa: RUF009 - the field makers return dataclass fields
 from __future__ import annotations
 
 import math
@@ -187,9 +188,7 @@ class yarn(_Extrapolation):
         kappa = strength_at(self.strength, signals, published=1.0 if self.threshold_rule == "multiply" else 2.0)
         policy = self.policy()
         scales = policy.scales(grid)
-        of_ntk = (
-            scales if self.ntk_scale is None else Policy(self.ntk_scale, self.activation, self.trained).scales(grid)
-        )
+        of_ntk = Policy(self.ntk_scale or self.scale, self.activation, self.trained).scales(grid)
         axes = zip(grid.spec.dims[1:], policy.side(grid), scales, of_ntk, strict=True)
         return tuple(
             self._axis(d, grid.spec.theta, length, s_pi, s_ntk, kappa) if max(s_pi, s_ntk) > 1 else None

@@ -4,6 +4,7 @@ A pair whose spatial frequency carries much energy is turned down, one with litt
 spectrum, the less.  Its frequencies are NTK's: ``ntk(strength=2.0, damping=0.1, scale="sega", text="image")``.
 """
 
+# ruff: noqa: RUF009 - the field makers return dataclass fields
 from __future__ import annotations
 
 import math

@@ -81,9 +81,8 @@ def collapse(
         image = tokens.mean(axis=-1)
     else:
         if probe.shape != tokens.shape[-1:]:
-            raise ValueError(
-                f"probe of shape {tuple(probe.shape)}: expected one weight per channel {tokens.shape[-1:]}"
-            )
+            channels = tokens.shape[-1]
+            raise ValueError(f"probe of shape {tuple(probe.shape)}: expected one weight per channel, ({channels},)")
         image = jnp.einsum("bnc,c->bn", tokens, probe.astype(tokens.dtype), precision="highest")
     if reduce == "batch":
         image = jnp.broadcast_to(image.mean(axis=0, keepdims=True), image.shape)
