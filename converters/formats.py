@@ -445,15 +445,18 @@ def parse_pipeline(index: Mapping[str, object], where: str) -> dict[str, tuple[s
     return components
 
 
+_CONFIGURATIONS = (  # file, key naming the class
+    ("config.json", "_class_name"),
+    ("config.json", "architectures"),
+    ("scheduler_config.json", "_class_name"),
+    ("tokenizer_config.json", "tokenizer_class"),
+    ("preprocessor_config.json", "image_processor_type"),
+)
+
+
 def _class_of(folder: Path) -> str | None:
     """The class that a component's configuration names."""
-    for file, key in (
-        ("config.json", "_class_name"),
-        ("config.json", "architectures"),
-        ("scheduler_config.json", "_class_name"),
-        ("tokenizer_config.json", "tokenizer_class"),
-        ("preprocessor_config.json", "image_processor_type"),
-    ):
+    for file, key in _CONFIGURATIONS:
         if (folder / file).is_file():
             value = read_json(folder / file).get(key)
             value = value[0] if isinstance(value, list) and value else value
@@ -532,7 +535,7 @@ def _detect_folder(path: Path) -> Layout:
     files = [entry.name for entry in _listing(path) if not entry.is_dir()]
     name = _class_of(path)
     weights = choose_weights(files, str(path))
-    if name is not None or weights is not None:
+    if weights is not None or any(file in files for file, _ in _CONFIGURATIONS):
         holds = "no weights" if weights is None else f"{len(weights.files)} weight file(s)"
         return Layout(Kind.COMPONENT, path, f"component folder: {name or 'unnamed class'}, {holds}", class_name=name)
     singles = [file for file in files if file.endswith(".safetensors")]

@@ -56,7 +56,7 @@ def resolve(
     if name == "nano" and isinstance(model, str):
         return _embedded()
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return _local(path)
     if not isinstance(model, str) or not _HUB_ID.fullmatch(name):
         raise ValueError(
@@ -236,36 +236,45 @@ class _Hub:
         }
 
     def _ask(self, call, *args, **kwargs):
-        """A hub call with its failures in our words."""
+        """A hub call with its failures in our words; `ConnectionError` if the hub gave no answer."""
         from huggingface_hub import errors
 
-        page = f"{self.endpoint or self.hub.constants.ENDPOINT}/{self.repo}"
-        login = "log in with `hf auth login` or pass token="
         try:
             return call(*args, **kwargs)
-        except errors.GatedRepoError as exc:
-            raise CheckpointError(f"{self.repo} is gated: accept its licence on {page}, then {login}") from exc
-        except errors.RevisionNotFoundError as exc:
-            raise CheckpointError(f"{self.repo} has no revision {self.revision!r}; see {page}/commits/main") from exc
-        except errors.RepositoryNotFoundError as exc:
-            raise CheckpointError(
-                f"{self.repo}: no such repository on the hub, or it is private. Check the spelling; if it is "
-                f"private, {login}"
-            ) from exc
-        except errors.HfHubHTTPError as exc:
-            status = exc.response.status_code
-            if status in (401, 403):
-                raise CheckpointError(
-                    f"{self.repo}: the hub refuses access (HTTP {status}): accept the licence on {page} if there is "
-                    f"one, then {login} with a token that may read it"
-                ) from exc
-            raise CheckpointError(f"{self.repo}: the hub answered HTTP {status}; try again later ({exc})") from exc
-        except errors.HTTPError as exc:  # no answer at all: httpx's own errors
-            raise ConnectionError(f"{type(exc).__name__}: {exc}") from exc
-        except errors.LocalEntryNotFoundError as exc:  # the hub client wraps lost connections in this one
+        except errors.LocalEntryNotFoundError as exc:
+            # What the client raises when a file's headers cannot be had, for whatever reason; the cause knows.
+            if isinstance(exc.__cause__, errors.HfHubHTTPError):
+                raise self._refused(exc.__cause__) from exc
             raise ConnectionError(str(exc)) from exc
+        except errors.HfHubHTTPError as exc:
+            raise self._refused(exc) from exc
+        except errors.HTTPError as exc:  # httpx's: no connection, time-out, broken transfer
+            raise ConnectionError(f"{type(exc).__name__}: {exc}") from exc
         except OSError as exc:
             raise CheckpointError(f"{self.repo}: the download to {self.cache_dir} failed ({exc})") from exc
+
+    def _refused(self, exc: Exception) -> CheckpointError:
+        """The error for an answer of the hub that is not the file."""
+        from huggingface_hub import constants, errors
+
+        page = f"{self.endpoint or constants.ENDPOINT}/{self.repo}"
+        login = "log in with `hf auth login` or pass token="
+        if isinstance(exc, errors.GatedRepoError):
+            return CheckpointError(f"{self.repo} is gated: accept its licence on {page}, then {login}")
+        if isinstance(exc, errors.RevisionNotFoundError):
+            return CheckpointError(f"{self.repo} has no revision {self.revision!r}; see {page}/commits/main")
+        if isinstance(exc, errors.RepositoryNotFoundError):
+            return CheckpointError(
+                f"{self.repo}: no such repository on the hub, or it is private. Check the spelling; if it is "
+                f"private, {login}"
+            )
+        status = exc.response.status_code
+        if status in (401, 403):
+            return CheckpointError(
+                f"{self.repo}: the hub refuses access (HTTP {status}): accept the licence on {page} if there is "
+                f"one, then {login} with a token that may read it"
+            )
+        return CheckpointError(f"{self.repo}: the hub answered HTTP {status}; try again later ({exc})")
 
     # -- from the cache --
 

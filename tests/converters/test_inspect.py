@@ -1,0 +1,103 @@
+"""Reports are made from headers; their numbers are checked against arrays built here."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from safetensors.numpy import save_file
+
+from converters.errors import CheckpointError
+from converters.formats import SafetensorsSource
+from converters.inspect import inspect
+
+
+@pytest.fixture
+def pipeline(tmp_path, monkeypatch):
+    """A pipeline: a transformer in two dtypes, a scheduler, a damaged VAE, a missing encoder, a stray single file."""
+    index = {
+        "_class_name": "FluxPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for name in ("scheduler", "transformer", "vae"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text("{}")
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    weights = {"a": np.zeros((3, 5), ml_dtypes.bfloat16), "b": np.zeros(5, np.float32)}
+    save_file(weights, tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    save_file({"img_in.weight": np.zeros(1000)}, tmp_path / "flux1-dev.safetensors")
+
+    def refuse(*_args):
+        pytest.fail("inspect read weights")
+
+    monkeypatch.setattr(SafetensorsSource, "read", refuse)
+    return tmp_path
+
+
+def test_pipeline(pipeline):
+    report = inspect(pipeline)
+    parts = {part.name: part for part in report.parts}
+    assert list(parts) == ["scheduler", "transformer", "vae", "text_encoder"]
+    transformer = parts["transformer"]
+    assert (transformer.tensors, transformer.parameters, transformer.nbytes) == (2, 20, 15 * 2 + 5 * 4)
+    assert transformer.dtypes == {"BF16": 15, "F32": 5}
+    assert transformer.files == ("diffusion_pytorch_model.safetensors",)
+    assert parts["scheduler"].problem is None
+    assert "not a complete safetensors file" in parts["vae"].problem
+    assert "missing" in parts["text_encoder"].problem
+    text = str(report)
+    assert "BF16 75.0%, F32 25.0%" in text
+    assert "problem in vae" in text
+    assert "flux1-dev" not in text
+    assert json.loads(json.dumps(report.to_dict()))["parts"][1]["parameters"] == 20
+
+
+def test_total_adds_up(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"vae": ["d", "A"], "transformer": ["d", "B"]}))
+    for name, count in (("vae", 1000), ("transformer", 234)):
+        (tmp_path / name).mkdir()
+        save_file({"w": np.zeros(count, np.float16)}, tmp_path / name / "diffusion_pytorch_model.safetensors")
+    total = next(line for line in str(inspect(tmp_path)).splitlines() if line.startswith("  total"))
+    assert total.split() == ["total", "-", "2", "1,234", "2,468", "F16", "2"]
+
+
+def test_component_and_missing_weights(pipeline):
+    report = inspect(pipeline / "transformer")
+    assert report.kind == "component folder"
+    assert report.parts[0].parameters == 20
+    (pipeline / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "no safetensors weights" in inspect(pipeline / "transformer").parts[0].problem
+
+
+def test_latents_file(tmp_path):
+    path = tmp_path / "latents.safetensors"
+    save_file({"latents": np.zeros((1, 16, 4, 6), np.float32)}, path, metadata={"sega_jax": '{"seed": 1, "steps": 2}'})
+    report = inspect(path)
+    assert report.description == "latents [1, 16, 4, 6]"
+    assert report.metadata == {"sega_jax": "JSON, 2 fields"}
+
+
+def test_png(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("sega_jax", '{"seed": 1}')
+    info.add_text("parameters", "a cat")
+    Image.new("RGB", (7, 5)).save(tmp_path / "a.png", pnginfo=info)
+    report = inspect(tmp_path / "a.png")
+    assert report.description == "PNG image, 7x5, mode RGB"
+    assert report.metadata == {"sega_jax": "JSON, 1 fields", "parameters": "text, 5 characters"}
+    Image.new("RGB", (7, 5)).save(tmp_path / "b.jpg")
+    assert "not made by sega-jax" in str(inspect(tmp_path / "b.jpg"))
+
+
+def test_nothing_to_inspect(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no")
+    (tmp_path / "x.txt").write_bytes(b"no")
+    for path, words in ((tmp_path / "x.png", "as an image"), (tmp_path / "x.txt", "not a checkpoint"), (tmp_path, "a")):
+        with pytest.raises(CheckpointError, match=words):
+            inspect(path)
