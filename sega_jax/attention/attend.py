@@ -65,9 +65,6 @@ def _gather(streams: Streams, tokens: tuple[Tokens, ...], turn: bool) -> jax.Arr
             x = rotate(x, t.table.cos * t.table.magnitude, t.table.sin * t.table.magnitude)
         parts.append(x)
     groups = max(part.shape[1] for part in parts)
-    for t in tokens:
-        if turn and t.table is not None:
-            groups = max(groups, t.table.cos.shape[1])
     parts = [jnp.broadcast_to(p, (p.shape[0], groups, *p.shape[2:])) for p in parts]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
 
