@@ -190,11 +190,16 @@ def test_bfloat16_stays_near_float32(kind):
     if kind == "clip":
         config = clip_config()
         tensors = arrays(perturbed(transformers.CLIPTextModel(config)))
-        full, half = (load_clip(config.to_dict(), tensors, dtype=d)(clip_ids())[0] for d in (jnp.float32, jnp.bfloat16))
+        full, half = (
+            load_clip(config.to_dict(), tensors, dtype=d)(jnp.asarray(clip_ids()))[0]
+            for d in (jnp.float32, jnp.bfloat16)
+        )
     else:
         config = t5_config()
         tensors = arrays(perturbed(transformers.T5EncoderModel(config)))
-        full, half = (load_t5(config.to_dict(), tensors, dtype=d)(t5_ids(40)) for d in (jnp.float32, jnp.bfloat16))
+        full, half = (
+            load_t5(config.to_dict(), tensors, dtype=d)(jnp.asarray(t5_ids(40))) for d in (jnp.float32, jnp.bfloat16)
+        )
     assert half.dtype == jnp.bfloat16
     error = np.asarray(half, np.float32) - np.asarray(full)
     assert np.sqrt(np.mean(error**2) / np.mean(np.square(full))) < 0.03
