@@ -280,6 +280,8 @@ class SafetensorsSource:
             if name in self._home:
                 raise CheckpointError(f"tensor {name!r} is in both {self._home[name]} and {path}")
             piece = handle.get_slice(name)
+            if piece.get_dtype() not in BITS:
+                raise CheckpointError(f"{path}: tensor {name!r} is stored as {piece.get_dtype()}, which is not known")
             self._home[name] = path
             self._headers[name] = (piece.get_dtype(), tuple(piece.get_shape()))
 

@@ -168,7 +168,7 @@ def _exif_options(form: str, text: str, path: Path) -> dict:
     if form == "JPEG" and len(comment) > _EXIF_LIMIT:
         raise ValueError(f"{path}: {len(comment)} bytes of metadata, JPEG holds {_EXIF_LIMIT}; save as .png")
     exif = pillow.Exif()
-    exif.get_ifd(_EXIF_FOLDER)[_USER_COMMENT] = comment
+    exif[_EXIF_FOLDER] = {_USER_COMMENT: comment}
     quality = {"quality": 95, "subsampling": 0} if form == "JPEG" else {"lossless": True, "quality": 0, "method": 0}
     return {"exif": exif, **quality}
 
