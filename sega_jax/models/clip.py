@@ -71,8 +71,6 @@ class ClipConfig:
             )
         if self.hidden_act not in _ACTIVATIONS:
             raise ValueError(f"ClipConfig: hidden_act {self.hidden_act!r}, expected one of {sorted(_ACTIVATIONS)}")
-        if not isinstance(self.eos_token_id, int):
-            raise ValueError(f"ClipConfig: eos_token_id {self.eos_token_id!r}, expected one integer")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ClipConfig:
@@ -81,7 +79,11 @@ class ClipConfig:
         Raises:
             ValueError: for unknown or missing settings.
         """
-        return read_config(cls, config.get("text_config", config), _IGNORED)
+        config = config.get("text_config", config)
+        end = config.get("eos_token_id", cls.eos_token_id)
+        if not isinstance(end, int):
+            raise ValueError(f"ClipConfig: eos_token_id {end!r}, expected one integer: a text is pooled at one token")
+        return read_config(cls, config, _IGNORED)
 
     @classmethod
     def large(cls) -> ClipConfig:

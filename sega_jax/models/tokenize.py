@@ -215,7 +215,8 @@ def _clip_from_vocabulary(folder: Path, unknown_token: str) -> Tokenizer:
     return tokenizer
 
 
-def _token(value: str | Mapping[str, Any], path: Path) -> AddedToken:
+def _token(value: Any, path: Path) -> AddedToken:
+    """A token as settings write it: its text, or an object with its text and flags."""
     if isinstance(value, str):
         return AddedToken(value, special=True)
     if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):

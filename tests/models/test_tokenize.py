@@ -101,7 +101,7 @@ def test_arguments(clip):
         load_clip_tokenizer(folder, 2)
     with pytest.raises(TypeError, match="list of strings"):
         load_clip_tokenizer(folder)("a red circle")
-    with pytest.raises(TypeError, match="list of strings"):
+    with pytest.raises(TypeError):
         load_clip_tokenizer(folder)(["a", 3])
 
 
