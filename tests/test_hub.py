@@ -77,6 +77,7 @@ class FakeHub(ThreadingHTTPServer):
         self.token = None  # required for files if set
         self.gated = False
         self.status = 200  # of listings
+        self.tree = True  # whether the listing that the client's downloader asks for is served
         self.fail: set[str] = set()  # files whose transfer breaks
 
     @property
@@ -101,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path))
         if match := re.fullmatch(r"/api/models/owner/name(?:/revision/(\w+))?", path):
             self.listing(match[1])
-        elif re.fullmatch(rf"/api/models/owner/name/tree/{COMMIT}", path):
+        elif re.fullmatch(rf"/api/models/owner/name/tree/{COMMIT}", path) and self.server.tree:
             self.send_json([{"type": "file", "path": n, "size": len(d), "oid": sha1(d).hexdigest()}
                             for n, d in self.server.files.items()])  # fmt: skip
         elif match := re.fullmatch(rf"/owner/name/resolve/(main|{COMMIT})/(.+)", path):
@@ -316,6 +317,13 @@ def test_network_down(server, get, caplog):
     folder = get()
     assert get(endpoint=nowhere) == folder
     assert "using the cached copy" in caplog.text
+
+
+def test_connection_lost_midway(server, get):
+    """The hub's client then returns the folder as it is, here with nothing but the index in it."""
+    server.tree = False
+    with pytest.raises(CheckpointError, match=r"cannot be reached .11 files did not arrive"):
+        get()
 
 
 def test_environment_is_honoured(server, tmp_path):

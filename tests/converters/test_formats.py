@@ -103,8 +103,8 @@ def test_float8_is_listed_but_not_read(tmp_path):
 
 def test_a_header_that_begins_like_a_pickle_is_read(tmp_path):
     header = json.dumps({"w": entry("F32", [1], 0, 4)}).encode()
-    path = raw(tmp_path / "x.safetensors", header.ljust(640), struct.pack("<f", 3.0))
-    assert path.read_bytes()[:2] == b"\x80\x02"  # pickle protocol 2
+    path = raw(tmp_path / "x.safetensors", header.ljust(0x010280), struct.pack("<f", 3.0))
+    assert path.read_bytes()[:3] == b"\x80\x02\x01"  # pickle protocol 2
     with open_tensors(path) as source:
         assert source.read("w").tolist() == [3.0]
 
