@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from converters.errors import CheckpointError
 from converters.keymap import Row
 
 
@@ -24,6 +25,37 @@ def dims(config: Mapping) -> dict[str, int]:
         "single": config["num_single_layers"],
         "guidance": int(config["guidance_embeds"]),
         "features": 256,
+    }
+
+
+def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> dict:
+    """The diffusers configuration of a BFL single file, read off its tensor shapes.
+
+    Raises:
+        CheckpointError: if the tensors that fix the sizes are missing.
+    """
+    try:
+        width, tokens = shapes["img_in.weight"]
+        head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+        text, pooled = shapes["txt_in.weight"][1], shapes["vector_in.in_layer.weight"][1]
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(f"not a Black Forest Labs FLUX.1 transformer: no usable tensor {error}") from error
+
+    def count(prefix: str) -> int:
+        indices = {name.split(".")[1] for name in shapes if name.startswith(f"{prefix}.")}
+        return len(indices)
+
+    frame = head // 8  # (16, 56, 56) of 128 in every FLUX.1 checkpoint
+    return {
+        "in_channels": tokens,
+        "num_layers": count("double_blocks"),
+        "num_single_layers": count("single_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": text,
+        "pooled_projection_dim": pooled,
+        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+        "axes_dims_rope": [frame, (head - frame) // 2, (head - frame) // 2],
     }
 
 

@@ -1,0 +1,171 @@
+"""Model families: from a checkpoint folder to the parts of a pipeline.
+
+A family is a row of `FAMILIES`: the ``_class_name`` of its ``model_index.json`` and a loader.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from converters.errors import CheckpointError
+from converters.formats import Kind, detect, open_tensors, read_json
+from converters.keymaps import clip as clip_keys
+from converters.keymaps import flux as flux_keys
+from converters.keymaps import t5 as t5_keys
+from converters.keymaps import vae as vae_keys
+from sega_jax import checkpoint
+from sega_jax.geometry import RopeSpec
+from sega_jax.models.clip import ClipConfig, ClipTextEncoder
+from sega_jax.models.flux import Flux, FluxConfig
+from sega_jax.models.t5 import T5Config, T5Encoder
+from sega_jax.models.tokenize import TextTokenizer, load_clip_tokenizer, load_t5_tokenizer
+from sega_jax.models.vae import Vae, VaeConfig
+from sega_jax.sampling.schedule import Schedule
+
+SCHNELL_TEXT_TOKENS = 256  # its tokenizer allows 512, the published pipeline uses 256
+LONGEST_TEXT = 512
+
+
+@dataclass(frozen=True)
+class Component:
+    """A module split once into static structure and parameters, so that pure state crosses `jit`."""
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+
+    @classmethod
+    def of(cls, module: nnx.Module) -> Component:
+        return cls(*nnx.split(module))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a text-to-image pipeline of a family consists of."""
+
+    family: str
+    transformer: Component
+    transformer_config: FluxConfig
+    clip: Component
+    t5: Component
+    clip_tokenizer: TextTokenizer
+    t5_tokenizer: TextTokenizer
+    vae: Component
+    vae_config: VaeConfig
+    schedule: Schedule
+    rope: RopeSpec
+
+
+def _configured(what: Path, build: Callable[[Mapping], Any]) -> tuple[Any, dict]:
+    """A configuration object from a JSON file, with the file named in any complaint."""
+    config = read_json(what)
+    try:
+        return build(config), config
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{what}: {error}") from error
+
+
+def load_flux_transformer(path: Path, dtype: DTypeLike) -> tuple[Component, FluxConfig]:
+    """A FLUX.1 transformer from a diffusers component folder or a Black Forest Labs single file."""
+    with open_tensors(path) as source:
+        if path.is_dir():
+            config, raw = _configured(path / "config.json", FluxConfig.from_dict)
+            rows, dims = flux_keys.DIFFUSERS, flux_keys.dims({**config.to_dict(), **raw})
+        else:
+            kind = detect(path).kind
+            if kind is not Kind.BFL_TRANSFORMER:
+                raise CheckpointError(f"{path}: expected a Black Forest Labs FLUX.1 transformer, found {kind.value}")
+            raw = flux_keys.config_from_bfl({name: source.shape(name) for name in source.keys()})  # noqa: SIM118
+            config = FluxConfig.from_dict(raw)
+            rows, dims = flux_keys.BFL, flux_keys.dims(raw)
+        try:
+            module = checkpoint.load(lambda rngs: Flux(config, rngs=rngs), rows, dims, source, dtype=dtype)
+        except CheckpointError as error:
+            raise type(error)(f"{path}: {error}") from error
+    return Component.of(module), config
+
+
+def _load(path: Path, config_class: Any, build: Callable, keys: Callable, dtype: DTypeLike) -> tuple[Component, Any]:
+    config, raw = _configured(path / "config.json", config_class.from_dict)
+    with open_tensors(path) as source:
+        rows, dims, rename = keys(raw, source)
+        named = checkpoint.RenamedSource(source, rename) if rename else source
+        try:
+            module = checkpoint.load(lambda rngs: build(config, rngs=rngs), rows, dims, named, dtype=dtype)
+        except CheckpointError as error:
+            raise type(error)(f"{path}: {error}") from error
+    return Component.of(module), config
+
+
+def load_flux(folder: Path, dtype: DTypeLike, transformer: Path | None = None) -> Parts:
+    """FLUX.1 (dev, schnell, Krea-dev, nano) from a diffusers folder.
+
+    Args:
+        folder: the pipeline folder.
+        dtype: of parameters.
+        transformer: weights to use instead of the folder's transformer: a component folder or a BFL single file.
+    """
+    schedule, _ = _configured(folder / "scheduler" / "scheduler_config.json", Schedule.from_dict)
+    dit, dit_config = load_flux_transformer(transformer or folder / "transformer", dtype)
+
+    def vae_rows(raw, source):
+        layout = vae_keys.detect({name: source.shape(name) for name in source.keys()})  # noqa: SIM118
+        return vae_keys.rows(raw, layout), vae_keys.dims(raw), None
+
+    vae, vae_config = _load(folder / "vae", VaeConfig, Vae, vae_rows, dtype)
+    clip, _ = _load(
+        folder / "text_encoder",
+        ClipConfig,
+        ClipTextEncoder,
+        lambda raw, _: (clip_keys.ROWS, clip_keys.dims(raw), clip_keys.rename),
+        dtype,
+    )
+    t5, _ = _load(
+        folder / "text_encoder_2",
+        T5Config,
+        T5Encoder,
+        lambda raw, _: (t5_keys.ROWS, t5_keys.dims(raw), t5_keys.rename),
+        dtype,
+    )
+    limit = read_json(folder / "tokenizer_2" / "tokenizer_config.json").get("model_max_length", LONGEST_TEXT)
+    # schnell alone has neither guidance input nor dynamic shift
+    longest = LONGEST_TEXT if dit_config.guidance_embeds or schedule.dynamic else SCHNELL_TEXT_TOKENS
+    trained = math.isqrt(schedule.max_tokens)  # the upper anchor of the shift is the trained token count
+    return Parts(
+        family="flux",
+        transformer=dit,
+        transformer_config=dit_config,
+        clip=clip,
+        t5=t5,
+        clip_tokenizer=load_clip_tokenizer(folder / "tokenizer"),
+        t5_tokenizer=load_t5_tokenizer(folder / "tokenizer_2", int(min(limit, longest))),
+        vae=vae,
+        vae_config=vae_config,
+        schedule=schedule,
+        rope=dit_config.rope_spec((trained, trained), vae_config.factor * 2),
+    )
+
+
+FAMILIES: dict[str, Callable[..., Parts]] = {"FluxPipeline": load_flux}
+
+
+def load_parts(folder: Path, *, dtype: DTypeLike = jnp.float32, transformer: Path | None = None) -> Parts:
+    """The parts of the pipeline in ``folder``.
+
+    Raises:
+        CheckpointError: not a pipeline folder, an unknown family, or a component that does not load.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise CheckpointError(f"{folder}: no model_index.json; give a diffusers pipeline folder, a hub id, or 'nano'")
+    name = read_json(index).get("_class_name")
+    if name not in FAMILIES:
+        raise CheckpointError(f"{index}: pipeline class {name!r} is not supported; known: {', '.join(FAMILIES)}")
+    return FAMILIES[name](folder, dtype, transformer)

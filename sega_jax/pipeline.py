@@ -1,0 +1,631 @@
+"""Text to image: encode, denoise, decode; the Python API."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import sega_jax
+from sega_jax import positional as pe
+from sega_jax.families import Parts, load_parts
+from sega_jax.geometry import Grid
+from sega_jax.hub import resolve
+from sega_jax.images import Image, load_image
+from sega_jax.latents import load_latents
+from sega_jax.layouts.dense import Dense
+from sega_jax.layouts.streams import Layout
+from sega_jax.models.vae import denormalize, normalize, sample_posterior
+from sega_jax.models.vae_tiled import decode_tiled, encode_tiled
+from sega_jax.recipes import recipe
+from sega_jax.sampling.denoise import Conditioning, Velocity, add_noise, euler, initial_noise
+from sega_jax.sampling.schedule import MuPolicy, collapse_warning, start_index
+
+logger = logging.getLogger(__name__)
+
+VaeMode = Literal["auto", "plain", "tiled"]
+PLAIN_DECODE_BYTES = 6 * 2**30  # the plain decode is chosen while its largest activations stay below this
+TILE = 128  # latent pixels per side of a decoder tile, a quarter of it shared with the neighbour
+
+LAYOUTS: dict[str, Layout] = {"dense": Dense()}
+
+
+def get_layout(layout: str | Layout) -> Layout:
+    """A layout by name, or the object itself.
+
+    Raises:
+        ValueError: for an unknown name; the known ones are listed.
+    """
+    if not isinstance(layout, str):
+        return layout
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; known: {', '.join(LAYOUTS)}")
+    return LAYOUTS[layout]
+
+
+@partial(jax.jit, static_argnames=("clip", "t5", "dtype"))
+def encode_text(clip_params, t5_params, clip_ids, t5_ids, *, clip: nnx.GraphDef, t5: nnx.GraphDef, dtype: str):
+    """T5 sequence [B, T, text_dim] and pooled CLIP vector [B, pooled_dim], in ``dtype``."""
+    cast = partial(jax.tree.map, lambda x: x.astype(dtype))
+    _, pooled = nnx.merge(clip, cast(clip_params))(clip_ids)
+    return nnx.merge(t5, cast(t5_params))(t5_ids).astype(dtype), pooled.astype(dtype)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "config", "dtype"))
+def decode_latents(params, latents, *, graphdef: nnx.GraphDef, config, dtype: str) -> jax.Array:
+    """Model-scale latents f32 [B, h, w, C] to images f32 [B, 8h, 8w, 3] in [-1, 1]."""
+    raw = denormalize(config, latents).astype(dtype)
+    return nnx.merge(graphdef, params).decode(raw).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def encode_image(params, images, *, graphdef: nnx.GraphDef, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """Images f32 [B, H, W, 3] in [-1, 1] to the posterior's mean and log-variance, f32 [B, H/8, W/8, C]."""
+    mean, logvar = nnx.merge(graphdef, params).encode(images.astype(dtype))
+    return mean.astype(jnp.float32), logvar.astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request with every default filled in; what ``--dry-run`` prints and metadata stores."""
+
+    prompt: str
+    negative_prompt: str | None
+    width: int
+    height: int
+    steps: int
+    guidance: float | None
+    true_guidance: float
+    seed: int
+    num_images: int
+    positional: str
+    layout: str
+    mu: MuPolicy
+    mu_value: float | None
+    strength: float | None
+    recipe: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures and how they came about.
+
+    Attributes:
+        images: one `Image` per prompt and image index, in that order; empty with ``decode=False``.
+        latents: model-scale latents, float32 [B, h, w, C].
+        records: metadata of every picture.
+        timings: seconds spent in ``encode``, ``denoise`` and ``decode``.
+    """
+
+    images: list[Image]
+    latents: np.ndarray
+    records: list[dict]
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What ``on_step`` receives: step ``index`` of ``total`` is done; ``compiled`` after the first one."""
+
+    index: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A loaded text-to-image model.  Make one with `Pipeline.from_pretrained`.
+
+    Attributes:
+        parts: components and configurations.
+        source: what `from_pretrained` was asked for.
+        dtype: of activations and parameters.
+    """
+
+    parts: Parts
+    source: str
+    dtype: str
+    backend: str = "auto"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] = "nano",
+        *,
+        dtype: str | None = None,
+        transformer: str | os.PathLike[str] | None = None,
+        backend: str = "auto",
+        **hub: Any,
+    ) -> Pipeline:
+        """Load a pipeline.
+
+        Args:
+            model: a diffusers folder, a hub id, or ``"nano"`` (embedded).
+            dtype: ``"bfloat16"`` or ``"float32"`` for parameters and activations; default float32 on CPU,
+                where bfloat16 gains nothing, and bfloat16 elsewhere.
+            transformer: transformer weights to use instead of the folder's: a component folder, or a Black Forest
+                Labs single file.
+            backend: attention kernel, or ``"auto"``.
+            **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` of `sega_jax.hub.resolve`.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be used.
+            ValueError: an unknown dtype or model name.
+        """
+        if dtype is None:
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={dtype!r}: expected 'float32' or 'bfloat16'")
+        sega_jax.use_compilation_cache()
+        folder = resolve(model, **hub)
+        other = None if transformer is None else Path(os.fspath(transformer)).expanduser()
+        if other is not None and not other.exists():
+            raise ValueError(f"transformer={str(other)!r}: no such folder or file")
+        return cls(load_parts(folder, dtype=dtype, transformer=other), os.fspath(model), dtype, backend)
+
+    @property
+    def params(self) -> nnx.State:
+        """Transformer parameters, the first argument of `sega_jax.velocity`'s function."""
+        return self.parts.transformer.params
+
+    # -- planning ------------------------------------------------------------------------------------------------
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Token grid of a picture of ``height`` x ``width`` pixels.
+
+        Raises:
+            ValueError: for a side that is not a positive multiple of the token side.
+        """
+        return self.parts.rope.grid_for_pixels(height, width, self.parts.t5_tokenizer.length)
+
+    def plan(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        true_guidance: float | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        positional: str | pe.Method = "auto",
+        layout: str | Layout = "dense",
+        mu: MuPolicy | None = None,
+        strength: float | None = None,
+    ) -> Plan:
+        """Validate a request and fill in its defaults; loads, compiles and computes nothing.
+
+        Raises:
+            ValueError, TypeError: for the first field that cannot be served, with value and remedy.
+        """
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt={prompt!r}: expected a string")
+        native = self.parts.rope.trained
+        side = self.parts.rope.pixels_per_token
+        height = native[0] * side if height is None else height
+        width = native[1] * side if width is None else width
+        grid = self.grid(height, width)
+        config = self.parts.transformer_config
+        known = recipe(
+            grid,
+            guidance_embeds=config.guidance_embeds,
+            dynamic_shift=self.parts.schedule.dynamic,
+            text_width=config.text_dim,
+        )
+        if guidance is not None and not config.guidance_embeds:
+            raise ValueError(
+                f"guidance={guidance}: this checkpoint has no guidance input; use negative_prompt with true_guidance"
+            )
+        if true_guidance is not None and negative_prompt is None:
+            raise ValueError(f"true_guidance={true_guidance}: needs a negative_prompt (an empty one is allowed)")
+        for name, value in (("guidance", guidance), ("true_guidance", true_guidance)):
+            if value is not None and not (np.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value}: expected a finite number of at least 0")
+        if not isinstance(num_images, int) or num_images < 1:
+            raise ValueError(f"num_images={num_images!r}: expected a positive whole number")
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 4294967295")
+        if positional == "auto":
+            positional = known.positional
+        method = pe.get(positional)
+        layout = get_layout(layout)
+        steps = known.steps if steps is None else steps
+        mu = known.mu if mu is None else mu
+        sigmas = self.parts.schedule.sigmas(steps, grid.tokens, mu)
+        if strength is not None:
+            start_index(steps, strength)
+        warning = collapse_warning(sigmas)
+        if warning:
+            logger.warning("%s", warning)
+        return Plan(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            steps=int(steps),
+            guidance=(known.guidance if guidance is None else float(guidance)) if config.guidance_embeds else None,
+            true_guidance=known.true_guidance if true_guidance is None else float(true_guidance),
+            seed=seed,
+            num_images=num_images,
+            positional=pe.describe(method),
+            layout=layout.name,
+            mu=mu,
+            mu_value=self.parts.schedule.mu(grid.tokens, mu),
+            strength=strength,
+            recipe=known.source,
+        )
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        guidance: float | None = None,
+        true_guidance: float | None = None,
+    ) -> Conditioning:
+        """Prompts to conditioning; guidance defaults as in `plan`."""
+        parts = self.parts
+
+        def embed(texts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
+            for text in dict.fromkeys(texts):
+                unknown = parts.t5_tokenizer.unknown_words(text)
+                if unknown:
+                    logger.warning("words this model has never seen: %s", ", ".join(unknown))
+                lost = parts.t5_tokenizer.truncated(text)
+                if lost:
+                    logger.warning("the prompt is cut at %d tokens; ignored: %s", parts.t5_tokenizer.length, lost)
+            return encode_text(
+                parts.clip.params,
+                parts.t5.params,
+                parts.clip_tokenizer(list(texts)),
+                parts.t5_tokenizer(list(texts)),
+                clip=parts.clip.graphdef,
+                t5=parts.t5.graphdef,
+                dtype=self.dtype,
+            )
+
+        text, pooled = embed(prompts)
+        guided = parts.transformer_config.guidance_embeds
+        return self.condition(
+            text,
+            pooled,
+            negative=None if negative_prompt is None else embed([negative_prompt] * len(prompts)),
+            guidance=(3.5 if guidance is None else guidance) if guided else None,
+            true_guidance=true_guidance,
+        )
+
+    def condition(
+        self,
+        text: jax.Array,
+        pooled: jax.Array,
+        *,
+        negative: tuple[jax.Array, jax.Array] | None = None,
+        guidance: float | None = None,
+        true_guidance: float | None = None,
+    ) -> Conditioning:
+        """Conditioning from embeddings: T5 sequence [B, T, text_dim] and pooled CLIP vector [B, pooled_dim].
+
+        Raises:
+            ValueError: for embeddings of another model.
+        """
+        config = self.parts.transformer_config
+        for name, value, width, rank in (("text", text, config.text_dim, 3), ("pooled", pooled, config.pooled_dim, 2)):
+            if value.ndim != rank or value.shape[-1] != width:
+                raise ValueError(f"{name} embeddings {value.shape}: expected rank {rank} with width {width}")
+        scalar = partial(jnp.asarray, dtype=jnp.float32)
+        return Conditioning(
+            jnp.asarray(text),
+            jnp.asarray(pooled),
+            None if guidance is None else scalar(guidance),
+            negative,
+            None if negative is None else scalar(3.0 if true_guidance is None else true_guidance),
+        )
+
+    def noise(self, seed: int, height: int, width: int, indices: Sequence[int] = (0,)) -> jax.Array:
+        """Initial latents f32 [len(indices), h, w, C]; each depends on (seed, image index) alone."""
+        grid = self.grid(height, width)
+        channels = self.parts.transformer_config.in_channels // 4
+        return initial_noise(seed, list(indices), (2 * grid.height, 2 * grid.width, channels))
+
+    def sigmas(self, steps: int, height: int, width: int, mu: MuPolicy = "clamp") -> np.ndarray:
+        """Noise levels of a run, float32 [steps + 1]."""
+        return self.parts.schedule.sigmas(steps, self.grid(height, width).tokens, mu)
+
+    def velocity(self, positional: str | pe.Method = "none", layout: str | Layout = "dense") -> Velocity:
+        """The model as a pure function; see `Velocity`."""
+        return Velocity(
+            self.parts.transformer.graphdef,
+            pe.get(positional),
+            get_layout(layout),
+            _LatentGrid(self.parts.rope),
+            self.dtype,
+            self.backend,
+        )
+
+    def decode(self, latents: jax.Array | np.ndarray, *, vae: VaeMode = "auto") -> np.ndarray:
+        """Model-scale latents f32 [B, h, w, C] to images f32 [B, 8h, 8w, 3] in about [-1, 1].
+
+        Args:
+            latents: one picture at a time is on the device.
+            vae: ``"plain"``, ``"tiled"`` (tiles of 128 latent pixels, a quarter shared with the neighbour, linear
+                cross-fade: an approximation), or ``"auto"``: plain while it fits comfortably.
+        """
+        if vae not in ("auto", "plain", "tiled"):
+            raise ValueError(f"vae={vae!r}: expected 'auto', 'plain' or 'tiled'")
+        parts = self.parts
+        config = parts.vae_config
+        factor = config.factor
+        latents = np.asarray(latents, np.float32)
+        pixels = latents.shape[1] * latents.shape[2] * factor**2
+        largest = 3 * pixels * config.block_out_channels[min(1, len(config.block_out_channels) - 1)]
+        size = largest * jnp.dtype(self.dtype).itemsize
+        tiled = vae == "tiled" or (vae == "auto" and size > PLAIN_DECODE_BYTES)
+        if tiled and vae == "auto":
+            logger.info("decoding in tiles: the plain decode would hold about %.1f GB of activations", size / 1e9)
+        run = partial(decode_latents, graphdef=parts.vae.graphdef, config=config, dtype=self.dtype)
+        decoded = [
+            decode_tiled(lambda z: run(self.parts.vae.params, z), one, tile=TILE)
+            if tiled
+            else np.asarray(run(self.parts.vae.params, one))
+            for one in np.split(latents, len(latents))
+        ]
+        return np.concatenate(decoded)
+
+    def encode_image(self, images: np.ndarray, seed: int = 0) -> jax.Array:
+        """Images f32 [B, H, W, 3] in [-1, 1] to model-scale latents f32 [B, H/8, W/8, C] (posterior sampled)."""
+        parts = self.parts
+        run = partial(encode_image, graphdef=parts.vae.graphdef, dtype=self.dtype)
+        tile = TILE if images.shape[1] * images.shape[2] > 2048**2 else max(images.shape[1:3])
+        factor = parts.vae_config.factor
+        mean, logvar = encode_tiled(lambda x: run(self.parts.vae.params, x), images, factor=factor, tile=tile)
+        key = jax.random.fold_in(jax.random.key(seed), 2**31)  # apart from every image index
+        return normalize(parts.vae_config, sample_posterior(jnp.asarray(mean), jnp.asarray(logvar), key))
+
+    # -- the whole way -------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        true_guidance: float | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        image_indices: Sequence[int] | None = None,
+        batch_size: int = 1,
+        positional: str | pe.Method = "auto",
+        layout: str | Layout = "dense",
+        mu: MuPolicy | None = None,
+        init_image: str | os.PathLike[str] | np.ndarray | None = None,
+        strength: float | None = None,
+        init_latents: str | os.PathLike[str] | np.ndarray | None = None,
+        embeddings: Mapping[str, np.ndarray] | None = None,
+        decode: bool = True,
+        vae: VaeMode = "auto",
+        on_step: Callable[[Progress], None] | None = None,
+        on_latents: Callable[[np.ndarray, list[dict]], None] | None = None,
+    ) -> Result:
+        """Pictures for one or more prompts.
+
+        Args:
+            prompt: text, or several.
+            negative_prompt: text to steer away from; switches on true classifier-free guidance (two model rows).
+            width, height: pixels; default the trained size.
+            steps: model evaluations; default by recipe.
+            guidance: distilled guidance, for checkpoints that take it.
+            true_guidance: scale of classifier-free guidance, with ``negative_prompt``.
+            seed: of all pictures; picture ``i`` of a prompt uses the key folded with ``i``.
+            num_images: pictures per prompt.
+            image_indices: the image indices to make instead of ``range(num_images)``.
+            batch_size: pictures per model call; changes speed and memory, not pictures (up to rounding).
+            positional: preset, expression, ``module:name``, method object, or ``"auto"``: plain at or below the
+                trained size, YaRN above.
+            layout: ``"dense"``.
+            mu: ``"clamp"``, ``"native"`` or a number; see `Schedule.mu`.
+            init_image: picture to start from (path or f32 [H, W, 3] in [-1, 1]), noised to ``strength``.
+            strength: share of the steps to run from ``init_image``, in (0, 1]; default 0.6.
+            init_latents: initial noise f32 [B, h, w, C] instead of the seed's, or a file of them.
+            embeddings: precomputed ``text`` [B, T, text_dim] and ``pooled`` [B, pooled_dim] used in place of the
+                encoders' output, one row per prompt (``negative_text``, ``negative_pooled`` for a negative prompt).
+            decode: whether to decode; latents are returned in any case.
+            vae: see `decode`.
+            on_step: called after every step of every batch.
+            on_latents: called with latents and records of a batch before it is decoded, so that they can be saved.
+
+        Returns:
+            A `Result`.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("prompt=[]: expected at least one prompt")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: expected a positive whole number")
+        if strength is not None and init_image is None:
+            raise ValueError(f"strength={strength}: only with init_image")
+        if init_image is not None:
+            if init_latents is not None:
+                raise ValueError("init_image and init_latents are both given; the run can start from one of them")
+            strength = 0.6 if strength is None else strength
+        options = {
+            "negative_prompt": negative_prompt,
+            "width": width,
+            "height": height,
+            "steps": steps,
+            "guidance": guidance,
+            "true_guidance": true_guidance,
+            "seed": seed,
+            "num_images": num_images,
+            "positional": positional,
+            "layout": layout,
+            "mu": mu,
+            "strength": strength,
+        }
+        plans = [self.plan(text, **options) for text in prompts]
+        plan = plans[0]
+        grid = self.grid(plan.height, plan.width)
+        indices = list(range(num_images)) if image_indices is None else list(image_indices)
+        jobs = [(row, index) for row in range(len(prompts)) for index in indices]
+        given = None if init_latents is None else self._given_latents(init_latents, grid, len(jobs))
+        source = None if init_image is None else self._source_image(init_image, plan, seed)
+        method = positional if not isinstance(positional, str) or positional != "auto" else plan.positional
+        velocity = self.velocity(method, layout)
+        sigmas = self.parts.schedule.sigmas(plan.steps, grid.tokens, plan.mu)
+        sigmas = sigmas[0 if plan.strength is None else start_index(plan.steps, plan.strength) :]
+
+        timings = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
+        clock = _Clock(timings)
+        conditioning = self._encoded(prompts, plan, embeddings)
+        clock.stop("encode", conditioning)
+        latents, images, records = [], [], []
+        for first in range(0, len(jobs), batch_size):
+            batch = jobs[first : first + batch_size]
+            padded = batch + [batch[-1]] * (min(batch_size, len(jobs)) - len(batch))
+            rows = [row for row, _ in padded]
+            noise = self.noise(seed, plan.height, plan.width, [index for _, index in padded])
+            if given is not None:
+                chosen = [min(first + i, len(jobs) - 1) for i in range(len(padded))]
+                noise = jnp.asarray(given[np.asarray(chosen)])
+            start = noise if source is None else add_noise(source, noise, sigmas[0])
+            made = self._denoise(velocity, start, sigmas, _rows(conditioning, rows), on_step)
+            made = np.asarray(made)[: len(batch)]
+            clock.stop("denoise")
+            record = [self._record(plans[row], index, velocity) for row, index in batch]
+            if on_latents is not None:
+                on_latents(made, record)
+            latents.append(made)
+            records += record
+            if decode:
+                pixels = self.decode(made, vae=vae)
+                images += [Image(picture, meta) for picture, meta in zip(pixels, record, strict=True)]
+                clock.stop("decode")
+        return Result(images, np.concatenate(latents), records, timings)
+
+    def _denoise(
+        self,
+        velocity: Velocity,
+        latents: jax.Array,
+        sigmas: np.ndarray,
+        conditioning: Conditioning,
+        on_step: Callable[[Progress], None] | None,
+    ) -> jax.Array:
+        state = velocity.initial_state(latents, conditioning)
+        total = len(sigmas) - 1
+        for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+            begun = time.perf_counter()
+            change, state = velocity.advance(self.params, latents, sigma, conditioning, step, state)
+            latents = euler(latents, change, sigma, sigma_next)
+            if on_step is not None:
+                latents.block_until_ready()
+                on_step(Progress(step + 1, total, time.perf_counter() - begun))
+        return latents
+
+    def _encoded(self, prompts: Sequence[str], plan: Plan, embeddings: Mapping[str, np.ndarray] | None) -> Conditioning:
+        guidance, scale = plan.guidance, plan.true_guidance
+        if embeddings is None:
+            return self.encode(prompts, negative_prompt=plan.negative_prompt, guidance=guidance, true_guidance=scale)
+        needed = ["text", "pooled"] + ["negative_text", "negative_pooled"] * (plan.negative_prompt is not None)
+        missing = [name for name in needed if name not in embeddings]
+        if missing:
+            raise ValueError(f"embeddings: {', '.join(missing)} missing; got {sorted(embeddings)}")
+        arrays = {name: jnp.asarray(embeddings[name]).astype(self.dtype) for name in needed}
+        for name, array in arrays.items():
+            if len(array) != len(prompts):
+                raise ValueError(f"embeddings: {name} has {len(array)} rows for {len(prompts)} prompts")
+        negative = (arrays["negative_text"], arrays["negative_pooled"]) if len(needed) == 4 else None
+        return self.condition(
+            arrays["text"], arrays["pooled"], negative=negative, guidance=guidance, true_guidance=scale
+        )
+
+    def _given_latents(self, latents: Any, grid: Grid, count: int) -> np.ndarray:
+        if isinstance(latents, (str, os.PathLike)):
+            latents, _ = load_latents(latents)
+        latents = np.asarray(latents, np.float32)
+        expected = (count, 2 * grid.height, 2 * grid.width, self.parts.transformer_config.in_channels // 4)
+        if latents.shape != expected:
+            raise ValueError(f"init_latents {latents.shape}: this request needs {expected} [B, h, w, C]")
+        return latents
+
+    def _source_image(self, image: Any, plan: Plan, seed: int) -> jax.Array:
+        if isinstance(image, (str, os.PathLike)):
+            image = load_image(image, size=(plan.height, plan.width))
+        image = np.asarray(image, np.float32)
+        if image.shape != (plan.height, plan.width, 3):
+            raise ValueError(f"init_image {image.shape}: expected {(plan.height, plan.width, 3)}, float in [-1, 1]")
+        return self.encode_image(image[None], seed)
+
+    def _record(self, plan: Plan, index: int, velocity: Velocity) -> dict:
+        return {
+            "prompt": plan.prompt,
+            "negative_prompt": plan.negative_prompt,
+            "width": plan.width,
+            "height": plan.height,
+            "steps": plan.steps,
+            "guidance": plan.guidance,
+            "true_guidance": plan.true_guidance if plan.negative_prompt is not None else None,
+            "seed": plan.seed,
+            "image_index": index,
+            "positional": plan.positional,
+            "layout": velocity.layout.name,
+            "mu": plan.mu,
+            "strength": plan.strength,
+            "dtype": self.dtype,
+            "backend": self.backend,
+            "model": self.source,
+            "sega_jax": sega_jax.__version__,
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+        }
+
+
+@dataclass(frozen=True)
+class _LatentGrid:
+    """Latent sides to a token grid; hashable, so a `Velocity` can be."""
+
+    rope: Any
+
+    def __call__(self, height: int, width: int, text_tokens: int) -> Grid:
+        return self.rope.grid(height // 2, width // 2, text_tokens)
+
+
+class _Clock:
+    """Adds the time since the last stop to a stage, after the device is done."""
+
+    def __init__(self, timings: dict[str, float]):
+        self._timings = timings
+        self._last = time.perf_counter()
+
+    def stop(self, stage: str, results: Any = None) -> None:
+        jax.block_until_ready(results)
+        now = time.perf_counter()
+        self._timings[stage] += now - self._last
+        self._last = now
+
+
+def _rows(conditioning: Conditioning, rows: list[int]) -> Conditioning:
+    """The conditioning of a batch; scalars are shared."""
+    at = np.asarray(rows)
+    return jax.tree.map(lambda x: x[at] if x.ndim else x, conditioning)
+
+
+def velocity(pipe: Pipeline, positional: str | pe.Method = "none", layout: str | Layout = "dense") -> Velocity:
+    """The pure face of a pipeline: ``f(pipe.params, latents, sigma, conditioning) -> velocity``."""
+    return pipe.velocity(positional, layout)

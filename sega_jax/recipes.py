@@ -1,0 +1,52 @@
+"""What ``positional='auto'`` and unset options mean: per family and size, with the source of every number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sega_jax.geometry import Grid
+from sega_jax.sampling.schedule import MuPolicy
+
+AUTO_ABOVE_NATIVE = "yarn"  # published without restrictions; DyPE states "patent pending", SEGA's licence is unclear
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults for one picture.
+
+    Attributes:
+        positional: positional method.
+        mu: policy of the schedule's shift.
+        steps: model evaluations.
+        guidance: distilled guidance, None where the checkpoint has no such input.
+        true_guidance: scale of classifier-free guidance when a negative prompt is given, 1 otherwise.
+        source: where the numbers come from.
+    """
+
+    positional: str
+    mu: MuPolicy
+    steps: int
+    guidance: float | None
+    true_guidance: float
+    source: str
+
+
+def recipe(grid: Grid, *, guidance_embeds: bool, dynamic_shift: bool, text_width: int) -> Recipe:
+    """Defaults for a grid of a FLUX.1 checkpoint.
+
+    Args:
+        grid: token grid of the picture.
+        guidance_embeds: whether the checkpoint takes distilled guidance (dev) or not.
+        dynamic_shift: whether its schedule shifts with size (not schnell).
+        text_width: width of the text stream; tells the demo model from FLUX.1.
+    """
+    beyond = max(grid.stretch) > 1
+    positional = AUTO_ABOVE_NATIVE if beyond else "none"
+    size = "beyond the trained grid: YaRN, as dype.md §3.3" if beyond else "at or below the trained grid: plain RoPE"
+    if guidance_embeds:
+        return Recipe(positional, "clamp", 28, 3.5, 3.5, f"FLUX.1-dev model card (28 steps, guidance 3.5); {size}")
+    if not dynamic_shift:
+        return Recipe(positional, "clamp", 4, None, 3.5, f"FLUX.1-schnell model card (4 steps); {size}")
+    if text_width < 1024:
+        return Recipe(positional, "clamp", 20, None, 3.0, f"nano model card (20 steps); {size}")
+    return Recipe(positional, "clamp", 28, None, 3.5, f"FLUX.1-dev model card (28 steps); {size}")
