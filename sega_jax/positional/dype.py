@@ -46,8 +46,9 @@ class dype(Expression):  # the lower-case name is the expression's
         """
         sigma = jnp.asarray(sigma)
         if self.t_round == "bfloat16":
-            thousandths = (1000 * sigma.astype(jnp.float32)).astype(jnp.bfloat16)
-            sigma = thousandths / jnp.asarray(1000, jnp.bfloat16)
+            # reduce_precision, because compilers drop a cast to bfloat16 and back
+            thousandths = jax.lax.reduce_precision(1000 * sigma.astype(jnp.float32), 8, 7)
+            sigma = jax.lax.reduce_precision(thousandths / 1000, 8, 7)
         sigma = sigma.astype(real_dtype())
         scale = published if self.scale is None else self.scale
         return scale * jnp.power(jnp.clip(sigma / self.start, 0.0, 1.0), self.exponent)

@@ -96,7 +96,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     Returns:
         Dtype of ``x``, shape broadcast with the tables; computed in at least float32.
     """
-    dtype = jnp.promote_types(cos.dtype, jnp.float32)
+    dtype = np.promote_types(cos.dtype, np.float32)  # not jnp: strict promotion refuses float64 with float32
     even, odd = x[..., 0::2].astype(dtype), x[..., 1::2].astype(dtype)
     rank = max(even.ndim, cos.ndim)
     cos, sin = (t.astype(dtype).reshape(*(1,) * (rank - t.ndim), *t.shape) for t in (cos, sin))

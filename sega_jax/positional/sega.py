@@ -81,6 +81,7 @@ class sega_magnitude(MagnitudeRule):
                 f"sega_magnitude on {grid.height} x {grid.width} tokens needs Signals.spectrum to be a Spectrum, got "
                 f"{type(spectrum).__name__}; pass sega_jax.positional.measure(tokens, grid)"
             )
+        spectrum = jax.tree.map(lambda x: jnp.asarray(x, real_dtype()), spectrum)
         amplitude = self.amplitude(spectrum.flatness)
         rows, columns = (
             self.allocate(pair_correction(energy, len(ones), self.beta), self.reference_magnitude(s), amplitude)
