@@ -58,7 +58,6 @@ class VaeConfig:
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
         if not self.block_out_channels:
             raise ValueError("VaeConfig: block_out_channels is empty; give one width per resolution")
         for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
@@ -114,6 +113,7 @@ class VaeConfig:
             "use_post_quant_conv": True,
         }
         values = published | given
+        values["block_out_channels"] = tuple(values["block_out_channels"])
         values["shift_factor"] = 0.0 if values.get("shift_factor") is None else values["shift_factor"]
         return cls(**values)
 

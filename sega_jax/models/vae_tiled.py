@@ -53,7 +53,7 @@ def fade_weights(positions: Positions, tile: int, scale: int) -> np.ndarray:
 
 
 def decode_tiled(
-    decode: Callable[[np.ndarray], jax.Array], latents: jax.Array, *, tile: int = 64, overlap: float = 0.25
+    decode: Callable[[np.ndarray], jax.Array], latents: jax.Array | np.ndarray, *, tile: int = 64, overlap: float = 0.25
 ) -> np.ndarray:
     """Decodes latents tile by tile on the device, blending on the host.
 
@@ -76,7 +76,7 @@ def decode_tiled(
 
 def encode_tiled(
     encode: Callable[[np.ndarray], tuple[jax.Array, jax.Array]],
-    images: jax.Array,
+    images: jax.Array | np.ndarray,
     *,
     factor: int = 8,
     tile: int = 64,
@@ -103,7 +103,7 @@ def encode_tiled(
 
 def _tiled(
     function: Callable[[np.ndarray], tuple[jax.Array, ...]],
-    array: jax.Array,
+    array: jax.Array | np.ndarray,
     *,
     unit: int,
     tile: int,
@@ -130,5 +130,5 @@ def _tiled(
         weight = weights[0][row][:, None] * weights[1][column][None, :]
         window = np.s_[:, y * scale : (y + tiles[0]) * scale, x * scale : (x + tiles[1]) * scale]
         for canvas, result in zip(canvases, results, strict=True):
-            canvas[window] += np.asarray(result).astype(np.float32) * weight[None, :, :, None]
+            canvas[window] += np.asarray(result).astype(np.float32, copy=False) * weight[None, :, :, None]
     return tuple(canvases)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -165,5 +166,5 @@ def test_old_attention_names_are_those_diffusers_renames():
     assert old.keys() != renamed.keys() == state.keys()
     for name in state:
         assert torch.equal(renamed[name], state[name]), name
-    images = np.random.default_rng(1).uniform(-1, 1, (1, 12, 8, 3)).astype(np.float32)
+    images = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (1, 12, 8, 3)), jnp.float32)
     np.testing.assert_array_equal(vae.encode(images)[0], loaded(config, state).encode(images)[0])
