@@ -20,16 +20,19 @@ from sega_jax.positional.chain import (
 )
 from sega_jax.positional.dype import dype
 from sega_jax.positional.extrapolate import none, ntk, pi, temperature, yarn
+from sega_jax.positional.methods import BIBTEX, MethodInfo, format_methods, methods
 from sega_jax.positional.rope import Rope, base_frequencies, magnitudes, phases, plain, rotate, tables
 from sega_jax.positional.rules import FrequencyRule, MagnitudeRule, Policy, Signals
 from sega_jax.positional.sega import sega_magnitude
 from sega_jax.positional.spectrum import Spectrum, measure
 
 __all__ = [
+    "BIBTEX",
     "Chain",
     "FrequencyRule",
     "MagnitudeRule",
     "Method",
+    "MethodInfo",
     "Policy",
     "Rope",
     "Signals",
@@ -38,10 +41,12 @@ __all__ = [
     "chain",
     "describe",
     "dype",
+    "format_methods",
     "get",
     "initial_state",
     "magnitudes",
     "measure",
+    "methods",
     "next_state",
     "none",
     "ntk",
