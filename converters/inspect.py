@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from converters.errors import CheckpointError
 from converters.formats import METADATA_KEY, Kind, SafetensorsSource, choose_weights, detect, open_tensors
@@ -175,13 +176,13 @@ def inspect(path: str | Path) -> Report:
 
 def _inspect_image(path: Path) -> Report:
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # large pictures, damaged EXIF
             description = f"{image.format} image, {image.width}x{image.height}, mode {image.mode}"
             metadata = {name: _kind_of(text) for name, text in image.info.items() if isinstance(text, str)}
             comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")  # EXIF user comment
             if isinstance(comment, bytes) and METADATA_KEY.encode() in comment:
                 metadata[METADATA_KEY] = "JSON in the EXIF user comment"
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as exc:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
         raise CheckpointError(f"{path}: cannot be read as an image ({exc})") from exc
     if METADATA_KEY not in metadata:
         description += ", not made by sega-jax or stripped of its record"

@@ -180,6 +180,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[pillow.Image]:
     with warnings.catch_warnings():
         # Pillow warns above 89 MP, which are sizes this package makes, and refuses above 179 MP.
         warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
+        warnings.simplefilter("ignore", UserWarning)  # a damaged EXIF block, which is then taken as absent
         try:
             with pillow.open(path) as image:
                 yield image
@@ -189,7 +190,9 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[pillow.Image]:
             raise ValueError(f"{path}: not an image that Pillow can read") from exc
         except pillow.DecompressionBombError as exc:
             raise ValueError(f"{path}: too large to open safely ({exc})") from exc
-        except (OSError, SyntaxError) as exc:
+        except (OSError, SyntaxError, ValueError) as exc:
+            if str(exc).startswith(f"{path}: "):  # ours, from the caller's block
+                raise
             raise ValueError(f"{path}: cannot be read as an image ({exc})") from exc
 
 

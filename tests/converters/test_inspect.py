@@ -95,6 +95,11 @@ def test_png(tmp_path):
     assert "not made by sega-jax" in str(inspect(tmp_path / "b.jpg"))
 
 
+def test_damaged_exif_is_no_record(tmp_path):
+    Image.new("RGB", (7, 5)).save(tmp_path / "a.webp", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0")
+    assert "not made by sega-jax" in str(inspect(tmp_path / "a.webp"))
+
+
 def test_nothing_to_inspect(tmp_path):
     (tmp_path / "x.png").write_bytes(b"no")
     (tmp_path / "x.txt").write_bytes(b"no")
