@@ -6,8 +6,8 @@ A family is a row of `FAMILIES`: the ``_class_name`` of its ``model_index.json``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from jax.typing import DTypeLike
 
 from converters.errors import CheckpointError
 from converters.formats import Kind, detect, open_tensors, read_json
+from converters.keymap import Dims, Rename, Row
 from converters.keymaps import clip as clip_keys
 from converters.keymaps import flux as flux_keys
 from converters.keymaps import t5 as t5_keys
 from converters.keymaps import vae as vae_keys
 from sega_jax import checkpoint
+from sega_jax.checkpoint import TensorSource
 from sega_jax.geometry import RopeSpec
 from sega_jax.models.clip import ClipConfig, ClipTextEncoder
 from sega_jax.models.flux import Flux, FluxConfig
@@ -92,16 +94,41 @@ def load_flux_transformer(path: Path, dtype: DTypeLike) -> tuple[Component, Flux
     return Component.of(module), config
 
 
-def _load(path: Path, config_class: Any, build: Callable, keys: Callable, dtype: DTypeLike) -> tuple[Component, Any]:
-    config, raw = _configured(path / "config.json", config_class.from_dict)
-    with open_tensors(path) as source:
-        rows, dims, rename = keys(raw, source)
-        named = checkpoint.RenamedSource(source, rename) if rename else source
+def _load(
+    folder: Path,
+    config_class: Any,
+    build: Callable,
+    key_map: Callable[[Any, TensorSource], tuple[Sequence[Row], Dims]],
+    dtype: DTypeLike,
+    rename: Rename | None = None,
+) -> tuple[Component, Any]:
+    """A component from its folder; ``key_map`` gives rows and sizes for the configuration and the tensors."""
+    config, raw = _configured(folder / "config.json", config_class.from_dict)
+    with open_tensors(folder) as source:
+        tensors = source if rename is None else checkpoint.RenamedSource(source, rename)
+        rows, dims = key_map({**asdict(config), **raw}, tensors)
         try:
-            module = checkpoint.load(lambda rngs: build(config, rngs=rngs), rows, dims, named, dtype=dtype)
+            module = checkpoint.load(lambda rngs: build(config, rngs=rngs), rows, dims, tensors, dtype=dtype)
         except CheckpointError as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise type(error)(f"{folder}: {error}") from error
     return Component.of(module), config
+
+
+def _vae_map(config: Mapping, source: TensorSource) -> tuple[Sequence[Row], Dims]:
+    layout = vae_keys.detect({name: source.shape(name) for name in source.keys()})  # noqa: SIM118
+    return vae_keys.rows(config, layout), vae_keys.dims(config)
+
+
+def _text_encoder(folder: Path, config_class: Any, build: Callable, keys: Any, dtype: DTypeLike, tokens: TextTokenizer):
+    component, config = _load(
+        folder, config_class, build, lambda raw, _: (keys.ROWS, keys.dims(raw)), dtype, keys.rename
+    )
+    if tokens.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: {config.vocab_size} token embeddings for a tokenizer of {tokens.vocab_size} tokens; "
+            "encoder and tokenizer are of different models"
+        )
+    return component
 
 
 def load_flux(folder: Path, dtype: DTypeLike, transformer: Path | None = None) -> Parts:
@@ -114,38 +141,21 @@ def load_flux(folder: Path, dtype: DTypeLike, transformer: Path | None = None) -
     """
     schedule, _ = _configured(folder / "scheduler" / "scheduler_config.json", Schedule.from_dict)
     dit, dit_config = load_flux_transformer(transformer or folder / "transformer", dtype)
-
-    def vae_rows(raw, source):
-        layout = vae_keys.detect({name: source.shape(name) for name in source.keys()})  # noqa: SIM118
-        return vae_keys.rows(raw, layout), vae_keys.dims(raw), None
-
-    vae, vae_config = _load(folder / "vae", VaeConfig, Vae, vae_rows, dtype)
-    clip, _ = _load(
-        folder / "text_encoder",
-        ClipConfig,
-        ClipTextEncoder,
-        lambda raw, _: (clip_keys.ROWS, clip_keys.dims(raw), clip_keys.rename),
-        dtype,
-    )
-    t5, _ = _load(
-        folder / "text_encoder_2",
-        T5Config,
-        T5Encoder,
-        lambda raw, _: (t5_keys.ROWS, t5_keys.dims(raw), t5_keys.rename),
-        dtype,
-    )
     limit = read_json(folder / "tokenizer_2" / "tokenizer_config.json").get("model_max_length", LONGEST_TEXT)
     # schnell alone has neither guidance input nor dynamic shift
     longest = LONGEST_TEXT if dit_config.guidance_embeds or schedule.dynamic else SCHNELL_TEXT_TOKENS
+    clip_tokenizer = load_clip_tokenizer(folder / "tokenizer")
+    t5_tokenizer = load_t5_tokenizer(folder / "tokenizer_2", int(min(limit, longest)))
+    vae, vae_config = _load(folder / "vae", VaeConfig, Vae, _vae_map, dtype)
     trained = math.isqrt(schedule.max_tokens)  # the upper anchor of the shift is the trained token count
     return Parts(
         family="flux",
         transformer=dit,
         transformer_config=dit_config,
-        clip=clip,
-        t5=t5,
-        clip_tokenizer=load_clip_tokenizer(folder / "tokenizer"),
-        t5_tokenizer=load_t5_tokenizer(folder / "tokenizer_2", int(min(limit, longest))),
+        clip=_text_encoder(folder / "text_encoder", ClipConfig, ClipTextEncoder, clip_keys, dtype, clip_tokenizer),
+        t5=_text_encoder(folder / "text_encoder_2", T5Config, T5Encoder, t5_keys, dtype, t5_tokenizer),
+        clip_tokenizer=clip_tokenizer,
+        t5_tokenizer=t5_tokenizer,
         vae=vae,
         vae_config=vae_config,
         schedule=schedule,

@@ -566,7 +566,7 @@ class Pipeline:
 
     def _source_image(self, image: Any, plan: Plan, seed: int) -> jax.Array:
         if isinstance(image, (str, os.PathLike)):
-            image = load_image(image, size=(plan.height, plan.width))
+            image = load_image(image, size=(plan.width, plan.height))
         image = np.asarray(image, np.float32)
         if image.shape != (plan.height, plan.width, 3):
             raise ValueError(f"init_image {image.shape}: expected {(plan.height, plan.width, 3)}, float in [-1, 1]")
