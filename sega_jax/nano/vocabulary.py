@@ -1,0 +1,110 @@
+"""The tokenisers of `nano`: small vocabularies in the file formats of T5 and CLIP.
+
+Every word of the grammar is one token for both; anything else falls apart into letters, which the model has
+never seen.  transformers and `sega_jax.models.tokenize` read the same files and give the same ids.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from sega_jax.nano import grammar
+
+T5_LENGTH = 32
+CLIP_LENGTH = 77
+
+_SPACE = "▁"
+_T5_SPECIAL = ("<pad>", "</s>", "<unk>")
+_CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+_PUNCTUATION = (",", ".", ";", ":", "!", "?", "-", "'")
+_LETTERS = tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
+_WORD_SCORE, _LETTER_SCORE = -2.0, -10.0  # log-probabilities: whole words win over their letters
+
+
+def t5_pieces() -> list[tuple[str, float]]:
+    """Pieces of the T5 vocabulary with their scores; the index is the id."""
+    pieces = [(token, 0.0) for token in _T5_SPECIAL]
+    pieces += [(_SPACE + word, _WORD_SCORE) for word in grammar.words()]
+    pieces += [(mark, _WORD_SCORE) for mark in _PUNCTUATION]
+    letters = [(letter, _LETTER_SCORE) for letter in (_SPACE, *_LETTERS)]
+    known = {piece for piece, _ in pieces}
+    return pieces + [(piece, score) for piece, score in letters if piece not in known]
+
+
+def write_t5(folder: Path) -> None:
+    """``tokenizer.json`` (Unigram) and ``tokenizer_config.json`` of the T5 tokeniser."""
+    tokenizer = Tokenizer(models.Unigram(t5_pieces(), unk_id=_T5_SPECIAL.index("<unk>")))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="always")
+    end = _T5_SPECIAL.index("</s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", end)]
+    )
+    tokenizer.add_special_tokens(list(_T5_SPECIAL))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "T5TokenizerFast",
+        "model_max_length": T5_LENGTH,
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "extra_ids": 0,
+        "additional_special_tokens": [],
+        "added_tokens_decoder": {str(i): _added(token) for i, token in enumerate(_T5_SPECIAL)},
+    }
+    _write(folder / "tokenizer_config.json", settings)
+
+
+def _added(token: str) -> dict[str, object]:
+    return {
+        "content": token,
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
+
+
+def clip_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of the CLIP tokeniser: bytes, bytes that end a word, merges up to whole words."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
+    learner.train_from_iterator([" ".join(grammar.words())], trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    tokens = list(dict.fromkeys(tokens))
+    return {token: i for i, token in enumerate([*tokens, *_CLIP_SPECIAL])}, merges
+
+
+def write_clip(folder: Path) -> None:
+    """``vocab.json``, ``merges.txt`` and ``tokenizer_config.json`` of the CLIP tokeniser."""
+    vocabulary, merges = clip_tables()
+    start, end = (vocabulary[token] for token in _CLIP_SPECIAL)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "vocab.json", vocabulary)
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": CLIP_LENGTH,
+        "do_lower_case": True,
+        "bos_token": _CLIP_SPECIAL[0],
+        "eos_token": _CLIP_SPECIAL[1],
+        "unk_token": _CLIP_SPECIAL[1],
+        "pad_token": _CLIP_SPECIAL[1],
+        "added_tokens_decoder": {str(i): _added(token) for i, token in zip((start, end), _CLIP_SPECIAL, strict=True)},
+    }
+    _write(folder / "tokenizer_config.json", settings)
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
