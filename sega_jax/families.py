@@ -1,6 +1,7 @@
 """Model families: from a checkpoint folder to the parts of a pipeline.
 
-A family is a row of `FAMILIES`: the ``_class_name`` of its ``model_index.json`` and a loader.
+A family is a row of `FAMILIES`: the ``_class_name`` of its ``model_index.json``, how its configurations are read, and
+a loader.
 """
 
 from __future__ import annotations
@@ -49,20 +50,35 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Everything a text-to-image pipeline of a family consists of."""
+class Outline:
+    """What configurations alone say about a pipeline: enough to plan a picture, without any weights.
+
+    Attributes:
+        family: name of the family.
+        transformer_config, vae_config: configurations.
+        schedule: of the noise.
+        rope: rotary geometry.
+        text_tokens: tokens a prompt is padded to.
+    """
 
     family: str
-    transformer: Component
     transformer_config: FluxConfig
+    vae_config: VaeConfig
+    schedule: Schedule
+    rope: RopeSpec
+    text_tokens: int
+
+
+@dataclass(frozen=True)
+class Parts(Outline):
+    """Everything a text-to-image pipeline of a family consists of."""
+
+    transformer: Component
     clip: Component
     t5: Component
     clip_tokenizer: TextTokenizer
     t5_tokenizer: TextTokenizer
     vae: Component
-    vae_config: VaeConfig
-    schedule: Schedule
-    rope: RopeSpec
 
 
 def _configured(what: Path, build: Callable[[Mapping], Any]) -> tuple[Any, dict]:
@@ -74,19 +90,23 @@ def _configured(what: Path, build: Callable[[Mapping], Any]) -> tuple[Any, dict]
         raise CheckpointError(f"{what}: {error}") from error
 
 
+def _flux_map(path: Path) -> tuple[FluxConfig, Sequence[Row], Dims]:
+    """Configuration and key map of a FLUX.1 transformer; reads no tensors."""
+    if path.is_dir():
+        config, raw = _configured(path / "config.json", FluxConfig.from_dict)
+        return config, flux_keys.DIFFUSERS, flux_keys.dims({**config.to_dict(), **raw})
+    kind = detect(path).kind
+    if kind is not Kind.BFL_TRANSFORMER:
+        raise CheckpointError(f"{path}: expected a Black Forest Labs FLUX.1 transformer, found {kind.value}")
+    with open_tensors(path) as source:
+        raw = flux_keys.config_from_bfl({name: source.shape(name) for name in source.keys()})  # noqa: SIM118
+    return FluxConfig.from_dict(raw), flux_keys.BFL, flux_keys.dims(raw)
+
+
 def load_flux_transformer(path: Path, dtype: DTypeLike) -> tuple[Component, FluxConfig]:
     """A FLUX.1 transformer from a diffusers component folder or a Black Forest Labs single file."""
+    config, rows, dims = _flux_map(path)
     with open_tensors(path) as source:
-        if path.is_dir():
-            config, raw = _configured(path / "config.json", FluxConfig.from_dict)
-            rows, dims = flux_keys.DIFFUSERS, flux_keys.dims({**config.to_dict(), **raw})
-        else:
-            kind = detect(path).kind
-            if kind is not Kind.BFL_TRANSFORMER:
-                raise CheckpointError(f"{path}: expected a Black Forest Labs FLUX.1 transformer, found {kind.value}")
-            raw = flux_keys.config_from_bfl({name: source.shape(name) for name in source.keys()})  # noqa: SIM118
-            config = FluxConfig.from_dict(raw)
-            rows, dims = flux_keys.BFL, flux_keys.dims(raw)
         try:
             module = checkpoint.load(lambda rngs: Flux(config, rngs=rngs), rows, dims, source, dtype=dtype)
         except CheckpointError as error:
@@ -131,6 +151,30 @@ def _text_encoder(folder: Path, config_class: Any, build: Callable, keys: Any, d
     return component
 
 
+def outline_flux(folder: Path, transformer: Path | None = None) -> Outline:
+    """The outline of a FLUX.1 pipeline folder; arguments as in `load_flux`."""
+    schedule, _ = _configured(folder / "scheduler" / "scheduler_config.json", Schedule.from_dict)
+    config, _, _ = _flux_map(transformer or folder / "transformer")
+    vae_config, _ = _configured(folder / "vae" / "config.json", VaeConfig.from_dict)
+    limit = read_json(folder / "tokenizer_2" / "tokenizer_config.json").get("model_max_length", LONGEST_TEXT)
+    # schnell alone has neither guidance input nor dynamic shift
+    longest = LONGEST_TEXT if config.guidance_embeds or schedule.dynamic else SCHNELL_TEXT_TOKENS
+    trained = math.isqrt(schedule.max_tokens)  # the upper anchor of the shift is the trained token count
+    return Outline(
+        family="flux",
+        transformer_config=config,
+        vae_config=vae_config,
+        schedule=schedule,
+        rope=config.rope_spec((trained, trained), vae_config.factor * 2),
+        text_tokens=int(min(limit, longest)),
+    )
+
+
+def load_vae(folder: Path, dtype: DTypeLike) -> tuple[Component, VaeConfig]:
+    """The autoencoder of a pipeline folder, without the rest."""
+    return _load(folder / "vae", VaeConfig, Vae, _vae_map, dtype)
+
+
 def load_flux(folder: Path, dtype: DTypeLike, transformer: Path | None = None) -> Parts:
     """FLUX.1 (dev, schnell, Krea-dev, nano) from a diffusers folder.
 
@@ -139,31 +183,46 @@ def load_flux(folder: Path, dtype: DTypeLike, transformer: Path | None = None) -
         dtype: of parameters.
         transformer: weights to use instead of the folder's transformer: a component folder or a BFL single file.
     """
-    schedule, _ = _configured(folder / "scheduler" / "scheduler_config.json", Schedule.from_dict)
-    dit, dit_config = load_flux_transformer(transformer or folder / "transformer", dtype)
-    limit = read_json(folder / "tokenizer_2" / "tokenizer_config.json").get("model_max_length", LONGEST_TEXT)
-    # schnell alone has neither guidance input nor dynamic shift
-    longest = LONGEST_TEXT if dit_config.guidance_embeds or schedule.dynamic else SCHNELL_TEXT_TOKENS
+    outline = outline_flux(folder, transformer)
+    dit, _ = load_flux_transformer(transformer or folder / "transformer", dtype)
     clip_tokenizer = load_clip_tokenizer(folder / "tokenizer")
-    t5_tokenizer = load_t5_tokenizer(folder / "tokenizer_2", int(min(limit, longest)))
-    vae, vae_config = _load(folder / "vae", VaeConfig, Vae, _vae_map, dtype)
-    trained = math.isqrt(schedule.max_tokens)  # the upper anchor of the shift is the trained token count
+    t5_tokenizer = load_t5_tokenizer(folder / "tokenizer_2", outline.text_tokens)
+    vae, _ = load_vae(folder, dtype)
     return Parts(
-        family="flux",
+        **vars(outline),
         transformer=dit,
-        transformer_config=dit_config,
         clip=_text_encoder(folder / "text_encoder", ClipConfig, ClipTextEncoder, clip_keys, dtype, clip_tokenizer),
         t5=_text_encoder(folder / "text_encoder_2", T5Config, T5Encoder, t5_keys, dtype, t5_tokenizer),
         clip_tokenizer=clip_tokenizer,
         t5_tokenizer=t5_tokenizer,
         vae=vae,
-        vae_config=vae_config,
-        schedule=schedule,
-        rope=dit_config.rope_spec((trained, trained), vae_config.factor * 2),
     )
 
 
-FAMILIES: dict[str, Callable[..., Parts]] = {"FluxPipeline": load_flux}
+@dataclass(frozen=True)
+class Family:
+    """How pipelines of a family are read."""
+
+    outline: Callable[[Path, Path | None], Outline]
+    load: Callable[[Path, DTypeLike, Path | None], Parts]
+
+
+FAMILIES: dict[str, Family] = {"FluxPipeline": Family(outline_flux, load_flux)}
+
+
+def family_of(folder: Path) -> Family:
+    """The family of the pipeline in ``folder``.
+
+    Raises:
+        CheckpointError: not a pipeline folder, or an unknown family.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise CheckpointError(f"{folder}: no model_index.json; give a diffusers pipeline folder, a hub id, or 'nano'")
+    name = read_json(index).get("_class_name")
+    if name not in FAMILIES:
+        raise CheckpointError(f"{index}: pipeline class {name!r} is not supported; known: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 def load_parts(folder: Path, *, dtype: DTypeLike = jnp.float32, transformer: Path | None = None) -> Parts:
@@ -172,10 +231,4 @@ def load_parts(folder: Path, *, dtype: DTypeLike = jnp.float32, transformer: Pat
     Raises:
         CheckpointError: not a pipeline folder, an unknown family, or a component that does not load.
     """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise CheckpointError(f"{folder}: no model_index.json; give a diffusers pipeline folder, a hub id, or 'nano'")
-    name = read_json(index).get("_class_name")
-    if name not in FAMILIES:
-        raise CheckpointError(f"{index}: pipeline class {name!r} is not supported; known: {', '.join(FAMILIES)}")
-    return FAMILIES[name](folder, dtype, transformer)
+    return family_of(folder).load(folder, dtype, transformer)

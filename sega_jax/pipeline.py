@@ -19,18 +19,18 @@ from flax import nnx
 
 import sega_jax
 from sega_jax import positional as pe
-from sega_jax.families import Parts, load_parts
+from sega_jax.families import Component, Parts, load_parts
 from sega_jax.geometry import Grid
 from sega_jax.hub import resolve
 from sega_jax.images import Image, load_image
 from sega_jax.latents import load_latents
-from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.streams import Layout
-from sega_jax.models.vae import denormalize, normalize, sample_posterior
+from sega_jax.models.vae import VaeConfig, denormalize, normalize, sample_posterior
 from sega_jax.models.vae_tiled import decode_tiled, encode_tiled
-from sega_jax.recipes import recipe
+from sega_jax.planning import Plan, get_layout
+from sega_jax.planning import plan as make_plan
 from sega_jax.sampling.denoise import Conditioning, Velocity, add_noise, euler, initial_noise
-from sega_jax.sampling.schedule import MuPolicy, collapse_warning, start_index
+from sega_jax.sampling.schedule import MuPolicy, start_index
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +38,10 @@ VaeMode = Literal["auto", "plain", "tiled"]
 PLAIN_DECODE_BYTES = 6 * 2**30  # the plain decode is chosen while its largest activations stay below this
 TILE = 128  # latent pixels per side of a decoder tile, a quarter of it shared with the neighbour
 
-LAYOUTS: dict[str, Layout] = {"dense": Dense()}
 
-
-def get_layout(layout: str | Layout) -> Layout:
-    """A layout by name, or the object itself.
-
-    Raises:
-        ValueError: for an unknown name; the known ones are listed.
-    """
-    if not isinstance(layout, str):
-        return layout
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown; known: {', '.join(LAYOUTS)}")
-    return LAYOUTS[layout]
+def default_dtype() -> str:
+    """float32 on CPU, where bfloat16 gains nothing, and bfloat16 elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 @partial(jax.jit, static_argnames=("clip", "t5", "dtype"))
@@ -69,32 +59,44 @@ def decode_latents(params, latents, *, graphdef: nnx.GraphDef, config, dtype: st
     return nnx.merge(graphdef, params).decode(raw).astype(jnp.float32)
 
 
+def decode_with(
+    vae: Component, config: VaeConfig, latents: jax.Array | np.ndarray, *, dtype: str, mode: VaeMode = "auto"
+) -> np.ndarray:
+    """Model-scale latents f32 [B, h, w, C] to images f32 [B, 8h, 8w, 3] in about [-1, 1].
+
+    Args:
+        vae: an autoencoder in ``dtype``.
+        config: its configuration.
+        latents: one picture at a time is on the device.
+        dtype: of activations.
+        mode: ``"plain"``, ``"tiled"`` (tiles of 128 latent pixels, a quarter shared with the neighbour, linear
+            cross-fade: an approximation), or ``"auto"``: plain while it fits comfortably.
+
+    Raises:
+        ValueError: for another mode.
+    """
+    if mode not in ("auto", "plain", "tiled"):
+        raise ValueError(f"vae={mode!r}: expected 'auto', 'plain' or 'tiled'")
+    latents = np.asarray(latents, np.float32)
+    pixels = latents.shape[1] * latents.shape[2] * config.factor**2
+    largest = 3 * pixels * config.block_out_channels[min(1, len(config.block_out_channels) - 1)]
+    size = largest * jnp.dtype(dtype).itemsize
+    tiled = mode == "tiled" or (mode == "auto" and size > PLAIN_DECODE_BYTES)
+    if tiled and mode == "auto":
+        logger.info("decoding in tiles: the plain decode would hold about %.1f GB of activations", size / 1e9)
+    run = partial(decode_latents, graphdef=vae.graphdef, config=config, dtype=dtype)
+    decoded = [
+        decode_tiled(lambda z: run(vae.params, z), one, tile=TILE) if tiled else np.asarray(run(vae.params, one))
+        for one in np.split(latents, len(latents))
+    ]
+    return np.concatenate(decoded)
+
+
 @partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def encode_image(params, images, *, graphdef: nnx.GraphDef, dtype: str) -> tuple[jax.Array, jax.Array]:
     """Images f32 [B, H, W, 3] in [-1, 1] to the posterior's mean and log-variance, f32 [B, H/8, W/8, C]."""
     mean, logvar = nnx.merge(graphdef, params).encode(images.astype(dtype))
     return mean.astype(jnp.float32), logvar.astype(jnp.float32)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A request with every default filled in; what ``--dry-run`` prints and metadata stores."""
-
-    prompt: str
-    negative_prompt: str | None
-    width: int
-    height: int
-    steps: int
-    guidance: float | None
-    true_guidance: float
-    seed: int
-    num_images: int
-    positional: str
-    layout: str
-    mu: MuPolicy
-    mu_value: float | None
-    strength: float | None
-    recipe: str
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,7 @@ class Pipeline:
             CheckpointError: the checkpoint cannot be used.
             ValueError: an unknown dtype or model name.
         """
-        if dtype is None:
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = default_dtype() if dtype is None else dtype
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: expected 'float32' or 'bfloat16'")
         sega_jax.use_compilation_cache()
@@ -187,86 +188,11 @@ class Pipeline:
         Raises:
             ValueError: for a side that is not a positive multiple of the token side.
         """
-        return self.parts.rope.grid_for_pixels(height, width, self.parts.t5_tokenizer.length)
+        return self.parts.rope.grid_for_pixels(height, width, self.parts.text_tokens)
 
-    def plan(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        true_guidance: float | None = None,
-        seed: int = 0,
-        num_images: int = 1,
-        positional: str | pe.Method = "auto",
-        layout: str | Layout = "dense",
-        mu: MuPolicy | None = None,
-        strength: float | None = None,
-    ) -> Plan:
-        """Validate a request and fill in its defaults; loads, compiles and computes nothing.
-
-        Raises:
-            ValueError, TypeError: for the first field that cannot be served, with value and remedy.
-        """
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt={prompt!r}: expected a string")
-        native = self.parts.rope.trained
-        side = self.parts.rope.pixels_per_token
-        height = native[0] * side if height is None else height
-        width = native[1] * side if width is None else width
-        grid = self.grid(height, width)
-        config = self.parts.transformer_config
-        known = recipe(
-            grid,
-            guidance_embeds=config.guidance_embeds,
-            dynamic_shift=self.parts.schedule.dynamic,
-            text_width=config.text_dim,
-        )
-        if guidance is not None and not config.guidance_embeds:
-            raise ValueError(
-                f"guidance={guidance}: this checkpoint has no guidance input; use negative_prompt with true_guidance"
-            )
-        if true_guidance is not None and negative_prompt is None:
-            raise ValueError(f"true_guidance={true_guidance}: needs a negative_prompt (an empty one is allowed)")
-        for name, value in (("guidance", guidance), ("true_guidance", true_guidance)):
-            if value is not None and not (np.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value}: expected a finite number of at least 0")
-        if not isinstance(num_images, int) or num_images < 1:
-            raise ValueError(f"num_images={num_images!r}: expected a positive whole number")
-        if not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 4294967295")
-        if positional == "auto":
-            positional = known.positional
-        method = pe.get(positional)
-        layout = get_layout(layout)
-        steps = known.steps if steps is None else steps
-        mu = known.mu if mu is None else mu
-        sigmas = self.parts.schedule.sigmas(steps, grid.tokens, mu)
-        if strength is not None:
-            start_index(steps, strength)
-        warning = collapse_warning(sigmas)
-        if warning:
-            logger.warning("%s", warning)
-        return Plan(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            width=width,
-            height=height,
-            steps=int(steps),
-            guidance=(known.guidance if guidance is None else float(guidance)) if config.guidance_embeds else None,
-            true_guidance=known.true_guidance if true_guidance is None else float(true_guidance),
-            seed=seed,
-            num_images=num_images,
-            positional=pe.describe(method),
-            layout=layout.name,
-            mu=mu,
-            mu_value=self.parts.schedule.mu(grid.tokens, mu),
-            strength=strength,
-            recipe=known.source,
-        )
+    def plan(self, prompt: str, **request: Any) -> Plan:
+        """Validate a request and fill in its defaults; see `planning.plan` for the fields."""
+        return make_plan(self.parts, prompt, **request)
 
     # -- stages --------------------------------------------------------------------------------------------------
 
@@ -358,33 +284,8 @@ class Pipeline:
         )
 
     def decode(self, latents: jax.Array | np.ndarray, *, vae: VaeMode = "auto") -> np.ndarray:
-        """Model-scale latents f32 [B, h, w, C] to images f32 [B, 8h, 8w, 3] in about [-1, 1].
-
-        Args:
-            latents: one picture at a time is on the device.
-            vae: ``"plain"``, ``"tiled"`` (tiles of 128 latent pixels, a quarter shared with the neighbour, linear
-                cross-fade: an approximation), or ``"auto"``: plain while it fits comfortably.
-        """
-        if vae not in ("auto", "plain", "tiled"):
-            raise ValueError(f"vae={vae!r}: expected 'auto', 'plain' or 'tiled'")
-        parts = self.parts
-        config = parts.vae_config
-        factor = config.factor
-        latents = np.asarray(latents, np.float32)
-        pixels = latents.shape[1] * latents.shape[2] * factor**2
-        largest = 3 * pixels * config.block_out_channels[min(1, len(config.block_out_channels) - 1)]
-        size = largest * jnp.dtype(self.dtype).itemsize
-        tiled = vae == "tiled" or (vae == "auto" and size > PLAIN_DECODE_BYTES)
-        if tiled and vae == "auto":
-            logger.info("decoding in tiles: the plain decode would hold about %.1f GB of activations", size / 1e9)
-        run = partial(decode_latents, graphdef=parts.vae.graphdef, config=config, dtype=self.dtype)
-        decoded = [
-            decode_tiled(lambda z: run(self.parts.vae.params, z), one, tile=TILE)
-            if tiled
-            else np.asarray(run(self.parts.vae.params, one))
-            for one in np.split(latents, len(latents))
-        ]
-        return np.concatenate(decoded)
+        """Model-scale latents f32 [B, h, w, C] to images f32 [B, 8h, 8w, 3]; see `decode_with`."""
+        return decode_with(self.parts.vae, self.parts.vae_config, latents, dtype=self.dtype, mode=vae)
 
     def encode_image(self, images: np.ndarray, seed: int = 0) -> jax.Array:
         """Images f32 [B, H, W, 3] in [-1, 1] to model-scale latents f32 [B, H/8, W/8, C] (posterior sampled)."""
@@ -508,7 +409,7 @@ class Pipeline:
             made = self._denoise(velocity, start, sigmas, _rows(conditioning, rows), on_step)
             made = np.asarray(made)[: len(batch)]
             clock.stop("denoise")
-            record = [self._record(plans[row], index, velocity) for row, index in batch]
+            record = [self.record(plans[row], index) for row, index in batch]
             if on_latents is not None:
                 on_latents(made, record)
             latents.append(made)
@@ -572,28 +473,20 @@ class Pipeline:
             raise ValueError(f"init_image {image.shape}: expected {(plan.height, plan.width, 3)}, float in [-1, 1]")
         return self.encode_image(image[None], seed)
 
-    def _record(self, plan: Plan, index: int, velocity: Velocity) -> dict:
+    def record(self, plan: Plan, index: int) -> dict:
+        """Metadata of picture ``index`` of a plan made by this pipeline."""
         return {
-            "prompt": plan.prompt,
-            "negative_prompt": plan.negative_prompt,
-            "width": plan.width,
-            "height": plan.height,
-            "steps": plan.steps,
-            "guidance": plan.guidance,
-            "true_guidance": plan.true_guidance if plan.negative_prompt is not None else None,
-            "seed": plan.seed,
-            "image_index": index,
-            "positional": plan.positional,
-            "layout": velocity.layout.name,
-            "mu": plan.mu,
-            "strength": plan.strength,
+            **plan.record(index),
             "dtype": self.dtype,
             "backend": self.backend,
             "model": self.source,
-            "sega_jax": sega_jax.__version__,
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
+            **versions(),
         }
+
+
+def versions() -> dict[str, str]:
+    """What besides the request may change a picture by rounding: package, JAX and device."""
+    return {"sega_jax": sega_jax.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
 
 
 @dataclass(frozen=True)

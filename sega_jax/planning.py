@@ -1,0 +1,152 @@
+"""From a request to a plan: every field validated, every default filled in, before anything is loaded or compiled."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from sega_jax import positional as pe
+from sega_jax.families import Outline
+from sega_jax.layouts.dense import Dense
+from sega_jax.layouts.streams import Layout
+from sega_jax.recipes import recipe
+from sega_jax.sampling.schedule import MuPolicy, collapse_warning, start_index
+
+logger = logging.getLogger(__name__)
+
+LAYOUTS: dict[str, Layout] = {"dense": Dense()}
+
+
+def get_layout(layout: str | Layout) -> Layout:
+    """A layout by name, or the object itself.
+
+    Raises:
+        ValueError: for an unknown name; the known ones are listed.
+    """
+    if not isinstance(layout, str):
+        return layout
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; known: {', '.join(LAYOUTS)}")
+    return LAYOUTS[layout]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request with every default filled in; what ``--dry-run`` prints and metadata stores."""
+
+    prompt: str
+    negative_prompt: str | None
+    width: int
+    height: int
+    steps: int
+    guidance: float | None
+    true_guidance: float
+    seed: int
+    num_images: int
+    positional: str
+    layout: str
+    mu: MuPolicy
+    mu_value: float | None
+    strength: float | None
+    recipe: str
+
+    def record(self, index: int) -> dict:
+        """The fields that determine picture ``index``, as metadata stores them."""
+        return {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "width": self.width,
+            "height": self.height,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "true_guidance": self.true_guidance if self.negative_prompt is not None else None,
+            "seed": self.seed,
+            "image_index": index,
+            "positional": self.positional,
+            "layout": self.layout,
+            "mu": self.mu,
+            "strength": self.strength,
+        }
+
+
+def plan(
+    outline: Outline,
+    prompt: str,
+    *,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    true_guidance: float | None = None,
+    seed: int = 0,
+    num_images: int = 1,
+    positional: str | pe.Method = "auto",
+    layout: str | Layout = "dense",
+    mu: MuPolicy | None = None,
+    strength: float | None = None,
+) -> Plan:
+    """Validate a request and fill in its defaults; loads, compiles and computes nothing.
+
+    Args:
+        outline: of the pipeline that is to serve it.
+        prompt: text; the other fields as in `Pipeline.generate`.
+
+    Raises:
+        ValueError, TypeError: for the first field that cannot be served, with value and remedy.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt={prompt!r}: expected a string")
+    native, side = outline.rope.trained, outline.rope.pixels_per_token
+    height = native[0] * side if height is None else height
+    width = native[1] * side if width is None else width
+    grid = outline.rope.grid_for_pixels(height, width, outline.text_tokens)
+    config, schedule = outline.transformer_config, outline.schedule
+    known = recipe(
+        grid,
+        guidance_embeds=config.guidance_embeds,
+        dynamic_shift=schedule.dynamic,
+        text_width=config.text_dim,
+    )
+    if guidance is not None and not config.guidance_embeds:
+        raise ValueError(
+            f"guidance={guidance}: this checkpoint has no guidance input; use negative_prompt with true_guidance"
+        )
+    if true_guidance is not None and negative_prompt is None:
+        raise ValueError(f"true_guidance={true_guidance}: needs a negative_prompt (an empty one is allowed)")
+    for name, value in (("guidance", guidance), ("true_guidance", true_guidance)):
+        if value is not None and not (np.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value}: expected a finite number of at least 0")
+    if not isinstance(num_images, int) or num_images < 1:
+        raise ValueError(f"num_images={num_images!r}: expected a positive whole number")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 4294967295")
+    method = pe.get(known.positional if isinstance(positional, str) and positional == "auto" else positional)
+    layout = get_layout(layout)
+    steps = known.steps if steps is None else steps
+    mu = known.mu if mu is None else mu
+    sigmas = schedule.sigmas(steps, grid.tokens, mu)
+    if strength is not None:
+        start_index(steps, strength)
+    warning = collapse_warning(sigmas)
+    if warning:
+        logger.warning("%s", warning)
+    return Plan(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        steps=int(steps),
+        guidance=(known.guidance if guidance is None else float(guidance)) if config.guidance_embeds else None,
+        true_guidance=known.true_guidance if true_guidance is None else float(true_guidance),
+        seed=seed,
+        num_images=num_images,
+        positional=pe.describe(method),
+        layout=layout.name,
+        mu=mu,
+        mu_value=schedule.mu(grid.tokens, mu),
+        strength=strength,
+        recipe=known.source,
+    )
