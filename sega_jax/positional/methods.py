@@ -126,7 +126,7 @@ _ROWS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
             _NATIVE,
             _BUCKETS,
             _YARN,
-            "A third-party port attributes speckle in flat areas at 4K to the constant temperature.",
+            "A port blames the constant temperature for speckle in flat areas at 4K.",
         ),
         ("peng2023yarn", "lu2024fit"),
     ),

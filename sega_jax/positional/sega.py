@@ -127,7 +127,8 @@ def pair_correction(energy: jax.Array, pairs: int, beta: Any = 1.5) -> jax.Array
     lower, upper, weight = band_lookup(pairs, energy.shape[-1])
     logs = jnp.log(jnp.maximum(energy, EPS))
     weight = jnp.asarray(weight, logs.dtype).reshape((1,) * (logs.ndim - 1) + weight.shape)
-    level = (1 - weight) * logs[..., lower] + weight * logs[..., upper]
+    below = logs[..., lower]
+    level = below + weight * (logs[..., upper] - below)  # this form leaves a constant profile constant
     level = level - level.mean(axis=-1, keepdims=True)
     variance = jnp.square(level).sum(axis=-1, keepdims=True) / max(pairs - 1, 1)
     varied = variance > 0  # a constant profile has no correction, and must have no NaN gradient either
