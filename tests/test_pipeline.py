@@ -1,6 +1,7 @@
 """The pipeline on the embedded demo model: seeds, batches, guidance, starts, compile counts, the pure face."""
 
 import dataclasses
+import itertools
 import logging
 
 import jax
@@ -13,7 +14,7 @@ from sega_jax import positional as pe
 from sega_jax.latents import load_latents, save_latents
 from sega_jax.sampling.denoise import predict
 
-PROMPT = "a red circle with stripes, blue background"
+PROMPT = "a red circle with stripes in the centre, blue background"
 SMALL = {"width": 96, "height": 128, "steps": 2}
 
 
@@ -50,7 +51,7 @@ def test_euler_over_the_pure_velocity_gives_the_same_bits(pipe, beyond):
         conditioning = pipe.encode([PROMPT])
         x = pipe.noise(seed=5, height=beyond["height"], width=beyond["width"])
         sigmas = pipe.sigmas(steps=2, height=beyond["height"], width=beyond["width"])
-        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, sigma_next in itertools.pairwise(sigmas):
             x = sj.euler(x, velocity(pipe.params, x, sigma, conditioning), sigma, sigma_next)
         np.testing.assert_array_equal(np.asarray(x), latents(pipe, seed=5, positional=method, **beyond))
 
@@ -77,13 +78,13 @@ def test_one_compilation_for_steps_prompts_guidance_and_hyper_parameters(pipe, b
     latents(pipe, positional="sega", **size)
     assert predict._cache_size() == before + 1
     latents(pipe, "a", positional="sega", **{**size, "steps": 3})
-    latents(pipe, "a green star " * 20, positional="sega", seed=9, mu="native", **size)
+    latents(pipe, "a green square " * 20, positional="sega", seed=9, mu="native", **size)
     base, gentler = pe.get("sega"), pe.sega_magnitude(alpha=0.05)
     latents(pipe, positional=pe.chain(base.frequency, gentler), **size)
     assert predict._cache_size() == before + 1
     latents(pipe, positional="sega", negative_prompt="", true_guidance=2.0, **size)
     assert predict._cache_size() == before + 2  # twice the rows is another shape
-    latents(pipe, positional="sega", negative_prompt="a blue star", true_guidance=4.0, **size)
+    latents(pipe, positional="sega", negative_prompt="a blue square", true_guidance=4.0, **size)
     assert predict._cache_size() == before + 2
 
 
@@ -126,11 +127,11 @@ def test_the_spectrum_is_measured_per_sample(pipe, beyond):
 
 def test_true_guidance(pipe, beyond):
     plain = latents(pipe, positional="sega", **beyond)
-    neutral = latents(pipe, positional="sega", negative_prompt="a blue star", true_guidance=1.0, **beyond)
+    neutral = latents(pipe, positional="sega", negative_prompt="a blue square", true_guidance=1.0, **beyond)
     np.testing.assert_allclose(neutral, plain, atol=5e-5)
     velocity, x = pipe.velocity("sega"), pipe.noise(0, beyond["height"], beyond["width"])
-    asked, avoided = pipe.encode([PROMPT]), pipe.encode(["a blue star"])
-    both = pipe.encode([PROMPT], negative_prompt="a blue star", true_guidance=2.5)
+    asked, avoided = pipe.encode([PROMPT]), pipe.encode(["a blue square"])
+    both = pipe.encode([PROMPT], negative_prompt="a blue square", true_guidance=2.5)
     up, down = (velocity(pipe.params, x, 0.8, c) for c in (asked, avoided))
     got = velocity(pipe.params, x, 0.8, both)
     np.testing.assert_allclose(np.asarray(got), np.asarray(down + 2.5 * (up - down)), atol=1e-4)
