@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from sega_jax.models.abstract import build_abstract, parameters
 Module = TypeVar("Module", bound=nnx.Module)
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Named tensors of a checkpoint, read lazily (memory-mapped)."""
 

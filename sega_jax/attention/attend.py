@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from sega_jax.attention.local import Request, choose
 from sega_jax.attention.merge import merge
@@ -34,7 +35,7 @@ def attention(
     return kernel.run(request)[0]
 
 
-def _take(x: jax.Array, index: jax.Array | None) -> jax.Array:
+def _take(x: jax.Array, index: ArrayLike | None) -> jax.Array:
     """[B, N, H, D] -> [B, groups, n, H, D]; padding indices give zeros."""
     if index is None:
         return x[:, None]
@@ -46,7 +47,7 @@ def _take(x: jax.Array, index: jax.Array | None) -> jax.Array:
     return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0))(x, index)
 
 
-def _put(out: jax.Array, index: jax.Array, length: int) -> jax.Array:
+def _put(out: jax.Array, index: ArrayLike, length: int) -> jax.Array:
     """Inverse of `_take`: [B, groups, n, H, D] -> [B, length, H, D], zeros where no row was written."""
     batch, groups, count, heads, width = out.shape
     index = jnp.asarray(index)

@@ -7,10 +7,13 @@ visited under one of a few boolean patterns, so no [N, N] mask ever exists.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Leaf = Any  # an array, NumPy or JAX; anything while JAX rebuilds a pytree
 
 
 @jax.tree_util.register_dataclass
@@ -28,10 +31,10 @@ class BlockMap:
 
     block_q: int = field(metadata={"static": True})
     block_k: int = field(metadata={"static": True})
-    count: jax.Array
-    columns: jax.Array
-    pattern: jax.Array
-    patterns: jax.Array
+    count: Leaf
+    columns: Leaf
+    pattern: Leaf
+    patterns: Leaf
 
     @property
     def visited(self) -> int:

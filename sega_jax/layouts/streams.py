@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from sega_jax.geometry import Grid
-from sega_jax.layouts.blocks import BlockMap
+from sega_jax.layouts.blocks import BlockMap, Leaf
 from sega_jax.positional.rope import Rope, magnitudes, phases
 
 StreamKind = Literal["text", "image"]
@@ -59,14 +60,14 @@ class Tokens:
         ids: positions on that grid, f32 [n, axes], [b, n, axes] or [b, groups, n, axes].
         index: which tokens of the stream, i32 [n], [b, n] or [b, groups, n]; None takes all in order.
             An index equal to the stream's length is padding: a zero token on input, dropped on output.
-        table: the rotation, once `bind` has met positions and ropes.
+        table: the rotation (`Table`), once `bind` has met positions and ropes.
     """
 
     stream: str = field(metadata={"static": True})
     rope: tuple[str, str] | None = field(default=None, metadata={"static": True})
-    ids: jax.Array | None = None
-    index: jax.Array | None = None
-    table: Table | None = None
+    ids: Leaf = None
+    index: Leaf = None
+    table: Leaf = None
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +85,7 @@ class KeySet:
     queries: tuple[Tokens, ...]
     keys: tuple[Tokens, ...]
     block_map: BlockMap | None = None
-    kv_length: jax.Array | None = None
+    kv_length: Leaf = None
 
 
 @jax.tree_util.register_dataclass
@@ -102,6 +103,7 @@ class Call:
     reduce: tuple[Reduction, ...] = field(metadata={"static": True})
 
 
+@runtime_checkable
 class Layout(Protocol):
     """Where tokens sit and whom they see, for a geometry."""
 
@@ -116,7 +118,7 @@ class Layout(Protocol):
     def calls(self, grid: Grid) -> tuple[Call, ...]: ...
 
 
-def _table(rope: Rope, ids: jax.Array) -> Table:
+def _table(rope: Rope, ids: ArrayLike) -> Table:
     ids = jnp.asarray(ids)
     ids = ids.reshape(*(1,) * (4 - ids.ndim), *ids.shape)  # [b, g, n, axes]
 

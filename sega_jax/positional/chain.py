@@ -21,7 +21,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -42,6 +42,8 @@ from sega_jax.positional.sega import sega_magnitude
 ENTRY_POINTS = "sega_jax.positional"
 
 
+@runtime_checkable
+@runtime_checkable
 class Method(Protocol):
     """Anything that encodes positions; see the module's docstring for its optional attributes."""
 

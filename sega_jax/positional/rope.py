@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from sega_jax.geometry import Grid
 
@@ -41,7 +42,7 @@ def plain(grid: Grid) -> Rope:
     return Rope(frequencies, tuple(jnp.ones_like(f) for f in frequencies))
 
 
-def phases(rope: Rope, ids: jax.Array) -> jax.Array:
+def phases(rope: Rope, ids: ArrayLike) -> jax.Array:
     """Angles ``position * frequency`` of every pair: ids [..., N, axes] -> [..., N, D/2].
 
     Leading axes of the rope come first, then those of the ids.
@@ -68,7 +69,7 @@ def _broadcast_leading(parts: list[jax.Array]) -> list[jax.Array]:
     return [jnp.broadcast_to(part, (*lead, part.shape[-1])) for part in parts]
 
 
-def tables(rope: Rope, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+def tables(rope: Rope, ids: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine tables with the magnitude included.
 
     Args:

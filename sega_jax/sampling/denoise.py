@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from sega_jax import positional as pe
 from sega_jax.geometry import Grid
+from sega_jax.layouts.blocks import Leaf
 from sega_jax.layouts.streams import Layout, bind
 from sega_jax.models.flux import pack, unpack
 
@@ -29,15 +31,15 @@ class Conditioning:
         text: T5 sequence [B, T, text_dim].
         pooled: pooled CLIP vector [B, pooled_dim].
         guidance: distilled guidance scale, f32 scalar, or None for models without the embedding.
-        negative: text and pooled vector to steer away from (true classifier-free guidance), or None.
+        negative: ``(text, pooled)`` to steer away from (true classifier-free guidance), or None.
         true_guidance: scale of true guidance, f32 scalar; with a negative prompt only.
     """
 
-    text: jax.Array
-    pooled: jax.Array
-    guidance: jax.Array | None = None
-    negative: tuple[jax.Array, jax.Array] | None = None
-    true_guidance: jax.Array | None = None
+    text: Leaf
+    pooled: Leaf
+    guidance: Leaf = None
+    negative: Leaf = None
+    true_guidance: Leaf = None
 
 
 def _twice(x: jax.Array) -> jax.Array:
@@ -123,13 +125,13 @@ def predict(
 
 
 @jax.jit
-def euler(latents: jax.Array, velocity: jax.Array, sigma: jax.Array, sigma_next: jax.Array) -> jax.Array:
+def euler(latents: ArrayLike, velocity: ArrayLike, sigma: ArrayLike, sigma_next: ArrayLike) -> jax.Array:
     """One Euler step of the flow, ``x + (sigma_next - sigma) * velocity``, float32."""
     return latents + (sigma_next - sigma) * velocity
 
 
 @jax.jit
-def add_noise(clean: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
+def add_noise(clean: ArrayLike, noise: ArrayLike, sigma: ArrayLike) -> jax.Array:
     """``(1 - sigma) * clean + sigma * noise``, float32: where an image-to-image run starts."""
     return (1 - sigma) * clean + sigma * noise
 
