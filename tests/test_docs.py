@@ -1,0 +1,39 @@
+"""What the documentation shows is run, and what it lists is what there is."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sega_jax import positional as pe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_python_runs(tmp_path, monkeypatch):
+    """All blocks share a namespace, as a reader pasting them in order would have it."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 4
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert (tmp_path / "circle.png").stat().st_size > 1000
+
+
+def test_readme_lists_every_preset():
+    table = README.split("## Positional methods")[1].split("##")[0]
+    assert set(re.findall(r"`([a-z-]+)`", table)) - {"auto"} >= set(pe.presets())
+
+
+def test_readme_has_exactly_two_set_up_commands():
+    section = README.split("## Set up")[1].split("`nano` knows")[0]
+    assert len(re.findall(r"```bash\n.+\n```", section)) == 2
+    assert section.count("```bash") == 2
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
