@@ -34,6 +34,7 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     components: Sequence[str] | None = None,
+    weights: bool = True,
     endpoint: str | None = None,
 ) -> Path:
     """The folder (or single file) of a model, downloading it if necessary.
@@ -46,6 +47,7 @@ def resolve(
         cache_dir: hub cache; default ``HF_HUB_CACHE`` or ``HF_HOME``/hub.
         local_files_only: use the cache only (also switched on by ``HF_HUB_OFFLINE=1``).
         components: names in ``model_index.json`` to fetch; default all.
+        weights: False fetches configurations and vocabularies only, which is enough to plan.
         endpoint: address of the hub; default ``HF_ENDPOINT`` or huggingface.co.
 
     Raises:
@@ -63,7 +65,7 @@ def resolve(
             f"model {name!r}: no such folder or file, and not a hub id of the form 'owner/name'; "
             "give a path, a hub id, or 'nano' for the embedded demo"
         )
-    return _Hub(name, revision, token, cache_dir, local_files_only, endpoint).folder(components)
+    return _Hub(name, revision, token, cache_dir, local_files_only, endpoint, weights).folder(components)
 
 
 def _embedded() -> Path:
@@ -90,6 +92,10 @@ def _size(count: int) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} GB"
+
+
+def _is_small(file: str) -> bool:
+    return file.endswith(_SMALL_FILES) and ".index." not in file
 
 
 def needed_files(
@@ -120,7 +126,7 @@ def needed_files(
         if not names:
             raise CheckpointError(f"{where}: model_index.json names {name!r} but the repository has no such folder")
         weights = choose_weights(names, f"{where}/{name}")
-        files = [file for file in names if file.endswith(_SMALL_FILES) and ".index." not in file]
+        files = [file for file in names if _is_small(file)]
         if weights is not None:
             files += [*weights.files, *([weights.index] if weights.index else [])]
         elif "config.json" in names:
@@ -140,7 +146,7 @@ def _select(components: Mapping[str, tuple[str, str]], wanted: Sequence[str] | N
 class _Hub:
     """One repository at one revision."""
 
-    def __init__(self, repo, revision, token, cache_dir, local_files_only, endpoint):
+    def __init__(self, repo, revision, token, cache_dir, local_files_only, endpoint, weights):
         import huggingface_hub
         from huggingface_hub import constants
 
@@ -148,6 +154,7 @@ class _Hub:
         self.repo, self.revision, self.token, self.endpoint = repo, revision, token, endpoint
         self.cache_dir = Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser()
         self.offline = local_files_only or constants.HF_HUB_OFFLINE
+        self.weights = weights
         self.where = repo if revision is None else f"{repo} at {revision}"
 
     def folder(self, components: Sequence[str] | None) -> Path:
@@ -184,6 +191,8 @@ class _Hub:
         commit = folder.name
         named = _select(read_pipeline(folder), components, self.repo)
         chosen = needed_files(sizes, named, self.repo)
+        if not self.weights:
+            chosen = {name: [file for file in group if _is_small(file)] for name, group in chosen.items()}
         files = ["model_index.json", *(file for group in chosen.values() for file in group)]
         missing = {name: [file for file in group if not self._has(file, commit)] for name, group in chosen.items()}
         total = sum(sizes[file] for group in missing.values() for file in group)
@@ -294,9 +303,8 @@ class _Hub:
                 raise CheckpointError(f"{why} the cached copy is incomplete: {exc}; {remedy}") from exc
         return folder
 
-    @staticmethod
-    def _check_component(folder: Path) -> None:
+    def _check_component(self, folder: Path) -> None:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is missing")
-        if (folder / "config.json").is_file():
+        if self.weights and (folder / "config.json").is_file():
             weight_paths(folder)

@@ -1,0 +1,101 @@
+"""``sega-jax decode``: latents to a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sega_jax.cli.console import Phase
+from sega_jax.cli.options import ModelOptions, option
+from sega_jax.cli.outputs import LATENTS_SUFFIX
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode(ModelOptions):
+    """Decode latents: finishes an interrupted run, or shows latents that torch wrote.
+
+    The file's record says which model to use, and becomes the picture's.  The latents are kept.
+    """
+
+    latents: Annotated[tyro.conf.Positional[Path], option("LATENTS.safetensors")]
+    """File of latents [images, C, H, W]."""
+    out: Annotated[str | None, option("FILE", "the name the run would have used, beside the latents")] = None
+    """.png, .webp or .jpg; of several pictures, a number is appended."""
+    vae: Annotated[Literal["auto", "plain", "tiled"] | None, option("MODE", "the run's, else auto")] = None
+    """How to decode: auto, plain or tiled."""
+    overwrite: Annotated[bool, option("", "off")] = False
+    """Replace files of these names."""
+    json: Annotated[bool, option("", "off")] = False
+    """Result as JSON on standard output."""
+
+    def run(self) -> dict:
+        """Decode and save.
+
+        Returns:
+            ``images``: path and record of each.
+
+        Raises:
+            ValueError: arguments.  CheckpointError, OSError: files.
+        """
+        import sega_jax
+        from sega_jax.cli import outputs
+        from sega_jax.families import load_vae
+        from sega_jax.hub import resolve
+        from sega_jax.images import Image
+        from sega_jax.latents import load_latents
+        from sega_jax.pipeline import decode_with, default_dtype
+
+        if self.out is not None:
+            outputs.check_pattern(self.out, (".png", ".jpg", ".jpeg", ".webp"), "out")
+        latents, record = load_latents(self.latents.expanduser())
+        name = record.pop("output", None)
+        model = self.model or record.get("model")
+        if not model:
+            raise ValueError(f"{self.latents} does not say which model it is of; give --model")
+        paths = self._paths(name, len(latents), record)
+        mode = self.vae or record.get("vae") or "auto"
+        dtype = record.get("dtype") or default_dtype()
+        sega_jax.use_compilation_cache()
+        with Phase(f"loading the autoencoder of {model}"):
+            hub = self.hub(None if self.model else record.get("revision"))
+            vae, config = load_vae(resolve(model, components=["vae"], **hub), dtype)
+        if latents.shape[-1] != config.latent_channels:
+            raise ValueError(f"{self.latents}: {latents.shape[-1]} channels; {model} decodes {config.latent_channels}")
+        record |= {"vae": mode} if record else {}
+        for path, one in zip(paths, latents, strict=True):
+            with Phase(f"decoding {path}"):
+                pixels = decode_with(vae, config, one[None], dtype=dtype, mode=mode)
+                Image(pixels[0], record).save(path)
+        return {"images": [{"path": str(path), "record": record} for path in paths]}
+
+    def show(self, result: dict) -> str:
+        """The result for people."""
+        return "\n".join(image["path"] for image in result["images"])
+
+    def _paths(self, name: object, count: int, record: dict) -> list[Path]:
+        from sega_jax.cli import outputs
+
+        if self.out is None:
+            stem = self.latents.name.removesuffix(LATENTS_SUFFIX).removesuffix(".safetensors")
+            # Only a plain name is taken from a file, and only an image's.
+            plain = isinstance(name, str) and Path(name).name == name
+            pattern = (
+                name if plain and Path(name).suffix.lower() in (".png", ".webp", ".jpg", ".jpeg") else f"{stem}.png"
+            )
+            first = self.latents.expanduser().with_name(pattern)
+        else:
+            values = {"seed": record.get("seed", 0), "index": record.get("image_index", 0), "row": 0,
+                      "width": record.get("width", 0), "height": record.get("height", 0),
+                      "prompt_slug": outputs.slug(str(record.get("prompt", "")))}  # fmt: skip
+            first = outputs.expand(self.out, None, values)
+        paths = (
+            [first] if count == 1 else [first.with_name(f"{first.stem}-{i:03d}{first.suffix}") for i in range(count)]
+        )
+        outputs.check_folders(paths)
+        for path in paths:
+            if path.exists() and not self.overwrite:
+                raise FileExistsError(f"{path} exists; give another --out, or --overwrite")
+        return paths

@@ -1,0 +1,163 @@
+"""Making the pictures of a list of jobs: encode, denoise, keep the latents, decode, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sega_jax.cli import jobs as J
+from sega_jax.cli.console import Phase, progress_bar, say
+from sega_jax.cli.jobs import Batch, Job, State
+from sega_jax.images import Image
+from sega_jax.latents import load_latents, save_latents
+from sega_jax.pipeline import Pipeline, Progress, versions
+
+CACHED_PROMPTS = 64
+
+
+class Engine:
+    """A loaded model at work on jobs.
+
+    Attributes:
+        timings: seconds per stage.
+        classes: compile classes seen so far.
+        undecoded: latents files whose pictures are not finished, for the message of an interruption.
+    """
+
+    def __init__(self, pipe: Pipeline, total: int):
+        self.pipe = pipe
+        self.timings = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
+        self.classes: set[tuple] = set()
+        self.undecoded: list[Path] = []
+        self._total = total
+        self._done = 0
+        self._encode = lru_cache(maxsize=CACHED_PROMPTS)(self._encode_prompt)
+
+    # -- conditioning --------------------------------------------------------------------------------------------
+
+    def _encode_prompt(self, prompt: str, negative: str | None) -> dict[str, Any]:
+        made = self.pipe.encode([prompt], negative_prompt=negative)
+        arrays = {"text": made.text, "pooled": made.pooled}
+        if made.negative is not None:
+            arrays |= {"negative_text": made.negative[0], "negative_pooled": made.negative[1]}
+        return arrays
+
+    def _embeddings(self, rows: Sequence[Job]) -> dict[str, Any]:
+        """Encoded prompts of a batch: one at a time, so that a prompt's embedding does not depend on its company."""
+        parts = []
+        for job in rows:
+            given = J.embeddings(job.request, self.pipe.parts)
+            parts.append(self._encode(job.plan.prompt, job.plan.negative_prompt) if given is None else given)
+        return {name: jnp.concatenate([jnp.asarray(part[name]) for part in parts]) for name in parts[0]}
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    def run(self, batch: Batch) -> None:
+        """All pictures of a batch, to their files."""
+        if batch.jobs[0].state is State.LATENTS:
+            for job in batch.jobs:
+                latents, found = load_latents(job.latents)
+                say(f"{job.latents}: latents of an interrupted run, only to be decoded")
+                found.pop("output", None)
+                self._finish(job, latents, found)
+            return
+        begun = time.perf_counter()
+        rows = [*batch.jobs, *[batch.jobs[-1]] * (batch.size - len(batch.jobs))]
+        with Phase("encoding the prompt"):
+            embeddings = self._embeddings(rows)
+        self.timings["encode"] += time.perf_counter() - begun
+        latents = self._denoise(batch, rows, embeddings)
+        records = [{**job.record, "batch_size": batch.size, **versions()} for job in batch.jobs]
+        for job, one, record in zip(batch.jobs, latents, records, strict=False):
+            save_latents(job.latents, one[None], {**record, "output": job.out.name})
+            self.undecoded.append(job.latents)
+        for job, one, record in zip(batch.jobs, latents, records, strict=False):
+            self._finish(job, one[None], record)
+
+    def _denoise(self, batch: Batch, rows: Sequence[Job], embeddings: dict[str, Any]) -> np.ndarray:
+        first = rows[0]
+        plan = first.plan
+        options: dict[str, Any] = {}
+        if first.request.init_image is not None:
+            # Rows of such a batch are of one request; the picture is encoded once.
+            options |= {
+                "init_image": Path(first.request.init_image.file).expanduser(),
+                "strength": plan.strength,
+                "seed": plan.seed,
+                "image_indices": [job.index for job in rows],
+            }
+            embeddings = {name: array[:1] for name, array in embeddings.items()}
+            prompts = [plan.prompt]
+        else:
+            options["init_latents"] = np.concatenate([self._start(job) for job in rows])
+            prompts = [job.plan.prompt for job in rows]
+        if plan.guidance is not None:
+            options["guidance"] = plan.guidance
+        if plan.negative_prompt is not None:
+            options |= {"negative_prompt": plan.negative_prompt, "true_guidance": plan.true_guidance}
+
+        done = self._done + len(batch.jobs)
+        count = f"{self._done + 1}" if done == self._done + 1 else f"{self._done + 1}-{done}"
+        bar = None
+        phase = None
+        if batch.key not in self.classes:
+            self.classes.add(batch.key)
+            rows_text = f", batch of {batch.size}" if batch.size > 1 else ""
+            phase = Phase(f"compiling for {plan.width}x{plan.height}{rows_text}, cached for the next time")
+
+        def on_step(progress: Progress) -> None:
+            nonlocal bar
+            if phase is not None:
+                phase.end()
+            if bar is None:
+                bar = progress_bar(progress.total, f"image {count} of {self._total}")
+            bar.update(progress.index - bar.n)
+
+        begun = time.perf_counter()
+        try:
+            result = self.pipe.generate(
+                prompts,
+                width=plan.width,
+                height=plan.height,
+                steps=plan.steps,
+                batch_size=batch.size,
+                positional=J.method_of(plan.positional),
+                layout=plan.layout,
+                mu=plan.mu,
+                embeddings=embeddings,
+                decode=False,
+                on_step=on_step,
+                **options,
+            )
+        finally:
+            if phase is not None:
+                phase.end()
+            if bar is not None:
+                bar.close()
+        self.timings["denoise"] += time.perf_counter() - begun
+        self._done = done
+        return result.latents
+
+    def _start(self, job: Job) -> np.ndarray:
+        given = J.given_latents(job, self.pipe.parts)
+        if given is not None:
+            return given
+        return np.asarray(self.pipe.noise(job.plan.seed, job.plan.height, job.plan.width, [job.index]))
+
+    def _finish(self, job: Job, latents: np.ndarray, record: dict) -> None:
+        if job.latents not in self.undecoded:
+            self.undecoded.append(job.latents)
+        begun = time.perf_counter()
+        with Phase(f"decoding {job.out}"):
+            pixels = self.pipe.decode(latents, vae=job.request.vae)
+            Image(pixels[0], record).save(job.out)
+        self.timings["decode"] += time.perf_counter() - begun
+        self.undecoded.remove(job.latents)
+        if not job.keeps_latents:
+            job.latents.unlink(missing_ok=True)

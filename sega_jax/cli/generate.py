@@ -1,0 +1,333 @@
+"""``sega-jax generate``: pictures from prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from sega_jax.cli.console import Phase, say
+from sega_jax.cli.options import ModelOptions, commit_of, option, shell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(ModelOptions):
+    """Make pictures from a prompt, from a file of prompts, or again from a picture.
+
+    Every picture's file holds the record of how it was made.  A run that is started again skips what is there.
+    """
+
+    prompt: Annotated[tyro.conf.Positional[str | None], option("[PROMPT]")] = None
+    """What the picture shows."""
+    prompts: Annotated[Path | None, option("FILE.jsonl")] = None
+    """One JSON object per line, with any of the keys prompt, negative_prompt, size, positional, layout, steps,
+    guidance, true_guidance, seed, num_images, mu, init_image, strength, init_latents, embeddings, vae, out,
+    save_latents; each replaces the option of that name for its row."""
+    from_image: Annotated[Path | None, option("IMAGE")] = None
+    """Repeat this picture from its record; options that are given replace the record's."""
+    negative_prompt: Annotated[str | None, option("TEXT", "none")] = None
+    """What to steer away from; two model rows per picture (true classifier-free guidance)."""
+    size: Annotated[str | None, option("PX|WIDTHxHEIGHT", "the trained size")] = None
+    """Pixels: a side, or width x height in this order (2048x1024 is a wide picture)."""
+    positional: Annotated[str | None, option("METHOD", "auto: plain up to the trained size, YaRN above")] = None
+    """Preset (see `sega-jax methods`), expression such as "ntk(strength=2.0)+sega_magnitude()", or module:name."""
+    layout: Annotated[str | None, option("LAYOUT", "dense")] = None
+    """Where tokens sit and whom they see."""
+    steps: Annotated[int | None, option("N", "by model, see --dry-run")] = None
+    """Model evaluations."""
+    guidance: Annotated[float | None, option("SCALE", "by model")] = None
+    """Distilled guidance, for models that take it (FLUX.1-dev)."""
+    true_guidance: Annotated[float | None, option("SCALE", "by model")] = None
+    """Scale of classifier-free guidance; with --negative-prompt."""
+    seed: Annotated[int | None, option("N", "0")] = None
+    """Seed of the noise; image i of a prompt uses the seed's key folded with i."""
+    num_images: Annotated[int | None, option("N", "1")] = None
+    """Pictures per prompt."""
+    batch_size: Annotated[int | None, option("N", "1")] = None
+    """Pictures per model call: speed and memory; changes pictures by rounding at most."""
+    mu: Annotated[str | None, option("native|clamp|NUMBER", "clamp")] = None
+    """Shift of the noise schedule."""
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, option("DTYPE", "float32 on CPU, else bfloat16")] = None
+    """Of parameters and activations: float32 or bfloat16."""
+    transformer: Annotated[Path | None, option("PATH", "the model's own")] = None
+    """Other transformer weights: a component folder, or a Black Forest Labs .safetensors file."""
+    embeddings: Annotated[Path | None, option("FILE.safetensors")] = None
+    """Precomputed text [rows, tokens, width] and pooled [rows, width], one row per prompt, instead of the text
+    encoders' (and negative_text, negative_pooled)."""
+    init_image: Annotated[Path | None, option("IMAGE")] = None
+    """Start from this picture instead of noise."""
+    strength: Annotated[float | None, option("SHARE", "0.6 with --init-image")] = None
+    """Share of the steps to run from --init-image, above 0 and at most 1."""
+    init_latents: Annotated[Path | None, option("FILE.safetensors")] = None
+    """Initial noise instead of the seed's: a tensor `latents` [images, C, H, W] as torch writes it."""
+    save_latents: Annotated[str | None, option("FILE.safetensors", "removed once decoded")] = None
+    """Keep the final latents here; a pattern as --out.  Readable by torch."""
+    vae: Annotated[Literal["auto", "plain", "tiled"] | None, option("MODE", "auto: plain while it fits")] = None
+    """How to decode: auto, plain or tiled."""
+    out: Annotated[str | None, option("FILE", "out.png; STEM-repeat.png with --from-image")] = None
+    """.png, .webp or .jpg.  Fields {seed} {index} {row} {width} {height} {prompt_slug} are filled in; for several
+    pictures and no field, a number is appended."""
+    overwrite: Annotated[bool, option("", "off")] = False
+    """Replace other files of these names."""
+    dry_run: Annotated[bool, option("", "off")] = False
+    """Print the plan; loads no weights."""
+    json: Annotated[bool, option("", "off")] = False
+    """Result as JSON on standard output."""
+
+    # -- API -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict:
+        """Make the pictures.
+
+        Returns:
+            ``images`` (path, what was done, record), ``timings`` in seconds and ``classes``, the number of compile
+            classes; for a dry run ``plans`` and ``classes``.
+
+        Raises:
+            ValueError, TypeError: arguments.  CheckpointError, OSError: files.
+        """
+        from sega_jax.cli import jobs as J
+
+        J.forget()
+        with _importable(Path.cwd()):
+            record = self._source_record()
+            requests = self._requests(record)
+            size = self.batch_size or (record or {}).get("batch_size") or 1
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"batch_size={size}: expected a positive whole number")
+            fill = record is not None and self.batch_size is None and self.num_images is None
+            return self._serve(requests, record or {}, size, fill)
+
+    def show(self, result: dict) -> str:
+        """The result for people."""
+        if self.dry_run:
+            return _show_plan(result)
+        return "\n".join(image["path"] for image in result["images"])
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _source_record(self) -> dict | None:
+        if self.from_image is None:
+            return None
+        if self.prompts is not None:
+            raise ValueError("--from-image and --prompts are both given; choose one")
+        from sega_jax.images import read_metadata
+
+        return read_metadata(self.from_image)
+
+    def _requests(self, record: dict | None) -> list:
+        from sega_jax.cli import requests as R
+
+        given: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in R.ROW_SCHEMA and value is not None:
+                given[field.name] = str(value) if isinstance(value, Path) else value
+        if self.transformer is not None and not self.transformer.expanduser().exists():
+            raise ValueError(f"transformer={str(self.transformer)!r}: no such folder or file")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: expected a positive whole number")
+        if self.prompts is not None:
+            if self.prompt is not None:
+                raise ValueError("a prompt and --prompts are both given; choose one")
+            rows = R.read_rows(self.prompts.expanduser())
+            # Options that cannot be checked apart from the rows they are meant for are checked with each.
+            return [
+                R.build({**given, **row}, where=f"{self.prompts} line {line}", row=number)
+                for number, (line, row) in enumerate(rows)
+            ]
+        if record is not None:
+            base = R.from_record(record, str(self.from_image))
+            index = record["image_index"]
+            if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+                raise ValueError(f"{self.from_image}: image_index={index!r} in its record")
+            if "init_latents" in given or "init_image" in given:  # one replaces the other
+                base = {k: v for k, v in base.items() if k not in ("init_latents", "init_image", "strength")}
+            base.setdefault("out", f"{self.from_image.stem}-repeat{self.from_image.suffix}")
+            indices = None if self.num_images is not None else (index,)
+            return [R.build({**base, **given}, indices=indices)]
+        return [R.build(given)]
+
+    def _serve(self, requests: list, record: dict, size: int, fill: bool) -> dict:
+        from sega_jax.cli import jobs as J
+        from sega_jax.families import family_of
+        from sega_jax.hub import resolve
+        from sega_jax.pipeline import default_dtype, versions
+
+        model = self.model or record.get("model") or "nano"
+        own = self.model is None  # the record's model, with the record's revision and transformer
+        hub = self.hub(record.get("revision") if own else None)
+        transformer = self.transformer or (record.get("transformer") if own else None)
+        other = None if transformer is None else Path(transformer).expanduser()
+        if other is not None and not other.exists():
+            raise ValueError(f"transformer={str(transformer)!r}: no such folder or file")
+        with Phase(f"looking up {model}"):
+            folder = resolve(model, weights=False, **hub)
+        outline = family_of(folder).outline(folder, other)
+        commit = commit_of(model, folder)
+        run = {
+            "dtype": self.dtype or record.get("dtype") or default_dtype(),
+            "backend": record.get("backend") or "auto",
+            "model": model,
+            "revision": commit,
+            "transformer": None if transformer is None else str(transformer),
+        }
+        jobs = [J.look(job, self.overwrite) for job in J.make_jobs(requests, outline, run)]
+        if record:
+            self._warn_of_differences(record, versions(), size, fill)
+        new = [job for job in jobs if job.state is J.State.NEW]
+        batches = [J.Batch((job,), 1, ()) for job in jobs if job.state is J.State.LATENTS]
+        batches += J.batches(new, size, fill=fill)
+        classes = len({batch.key for batch in batches if batch.key})
+        if self.dry_run:
+            return {"plans": [_plan_entry(job, outline) for job in jobs], "classes": classes, **run}
+        _report(jobs)
+        timings: dict[str, float] = {}
+        if batches:
+            from sega_jax.cli.engine import Engine
+            from sega_jax.pipeline import Pipeline
+
+            with Phase(f"loading {model}"):
+                pipe = Pipeline.from_pretrained(
+                    model,
+                    dtype=run["dtype"],
+                    transformer=other,
+                    backend=run["backend"],
+                    **{**hub, "revision": commit or hub["revision"]},
+                )
+            engine = Engine(pipe, len(new))
+            try:
+                for batch in batches:
+                    engine.run(batch)
+            except BaseException:
+                for path in engine.undecoded:
+                    if path.exists():
+                        say(f"latents kept; finish this picture with: sega-jax decode {shell(path)}")
+                raise
+            timings = {name: round(seconds, 3) for name, seconds in engine.timings.items()}
+        return {"images": [_image_entry(job) for job in jobs], "timings": timings, "classes": classes}
+
+    def _warn_of_differences(self, record: dict, now: dict[str, str], size: int, fill: bool) -> None:
+        for name, value in now.items():
+            if record.get(name) != value:
+                say(
+                    f"warning: {self.from_image} was made with {name} {record.get(name, 'unknown')}, this is {value}: "
+                    "pixels may differ by rounding"
+                )
+        if not fill and record.get("batch_size") != size:
+            say(
+                f"warning: {self.from_image} was made in a batch of {record.get('batch_size')}, this is {size}: "
+                "pixels may differ by rounding"
+            )
+        if fill and size > 1 and re.search(r"reduce=['\"]batch", str(record.get("positional"))):
+            say(f"warning: {self.from_image} depends on the other pictures of its batch, which are not repeated")
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Lets ``--positional module:name`` find modules in the current folder, after all others."""
+    place = str(folder)
+    added = place not in sys.path and "" not in sys.path
+    if added:
+        sys.path.append(place)
+    try:
+        yield
+    finally:
+        if added:
+            with contextlib.suppress(ValueError):
+                sys.path.remove(place)
+
+
+# -- what is said ------------------------------------------------------------------------------------------------
+
+
+def _mu(plan: Any) -> str:
+    if plan.mu_value is None:
+        return "constant shift of the checkpoint"
+    return f"{plan.mu_value:.4g}" + (f" ({plan.mu})" if isinstance(plan.mu, str) else "")
+
+
+def _recipe_line(job: Any) -> str:
+    plan = job.plan
+    auto = " (auto)" if job.request.positional == "auto" else ""
+    parts = [
+        f"{plan.width}x{plan.height}: positional {plan.positional}{auto}",
+        f"mu {_mu(plan)}",
+        f"{plan.steps} steps",
+    ]
+    if plan.guidance is not None:
+        parts.append(f"guidance {plan.guidance:g}")
+    if plan.negative_prompt is not None:
+        parts.append(f"true guidance {plan.true_guidance:g}")
+    return f"{', '.join(parts)} [defaults: {plan.recipe}]"
+
+
+def _report(jobs: list) -> None:
+    """Says what is about to happen: each recipe once, and what is skipped."""
+    from sega_jax.cli.jobs import State
+
+    for line in dict.fromkeys(_recipe_line(job) for job in jobs if job.state is State.NEW):
+        say(line)
+    done = [job for job in jobs if job.state is State.DONE]
+    for job in done[:5]:
+        say(f"{job.out}: exists with this very record, skipped")
+    if len(done) > 5:
+        say(f"… and {len(done) - 5} more skipped")
+
+
+def _plan_entry(job: Any, outline: Any) -> dict:
+    grid = outline.rope.grid_for_pixels(job.plan.height, job.plan.width)
+    return {
+        "row": job.request.row,
+        "out": str(job.out),
+        "state": job.state.value,
+        "tokens": [grid.width, grid.height],
+        "stretch": [grid.stretch[1], grid.stretch[0]],
+        "auto": job.request.positional == "auto",
+        "mu_value": job.plan.mu_value,
+        "source": job.plan.recipe,
+        "recipe": _recipe_line(job),
+        "record": job.record,
+    }
+
+
+def _image_entry(job: Any) -> dict:
+    from sega_jax.cli.jobs import State
+
+    entry = {
+        "path": str(job.out),
+        "row": job.request.row,
+        "index": job.index,
+        "done": {State.DONE: "skipped", State.LATENTS: "decoded", State.NEW: "made"}[job.state],
+        "record": job.record,
+    }
+    return entry | ({"latents": str(job.latents)} if job.keeps_latents else {})
+
+
+def _show_plan(result: dict) -> str:
+    lines = [
+        f"model {result['model']}" + (f", transformer {result['transformer']}" if result["transformer"] else ""),
+        f"dtype {result['dtype']}, attention {result['backend']}, {result['classes']} compile class(es)",
+    ]
+    recipes = Counter(plan["recipe"] for plan in result["plans"])
+    for recipe, count in recipes.items():
+        plans = [plan for plan in result["plans"] if plan["recipe"] == recipe]
+        first = plans[0]
+        columns, rows = first["tokens"]
+        across, down = first["stretch"]
+        lines.append(f"{recipe.split(' [')[0]}")
+        lines.append(f"  source: {first['source']}")
+        lines.append(f"  {columns} x {rows} tokens, {across:g} x {down:g} of the trained sides; {count} picture(s):")
+        lines += [
+            f"  {plan['out']}: {plan['state']}; seed {plan['record']['seed']}, image {plan['record']['image_index']}, "
+            f"{plan['record']['prompt']!r}"
+            for plan in plans
+        ]
+    return "\n".join(lines)
