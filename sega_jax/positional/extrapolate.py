@@ -195,7 +195,9 @@ class yarn(_Extrapolation):
             for d, length, s_pi, s_ntk in axes
         )
 
-    def _axis(self, channels: int, theta: float, length: float, s_pi: float, s_ntk: float, kappa: Any) -> jax.Array:
+    def _axis(
+        self, channels: int, theta: float, length: int | float, s_pi: float, s_ntk: float, kappa: Any
+    ) -> jax.Array:
         dtype = real_dtype()
         beta = ramp(self.ramp_edges(self.beta, channels, theta, length, kappa), channels)
         gamma = ramp(self.ramp_edges(self.gamma, channels, theta, length, kappa), channels)
@@ -209,7 +211,7 @@ class yarn(_Extrapolation):
         return base * (1 - gamma) + inner * gamma
 
     def ramp_edges(
-        self, turns: tuple[Any, Any], channels: int, theta: float, length: float, kappa: Any
+        self, turns: tuple[Any, Any], channels: int, theta: float, length: int | float, kappa: Any
     ) -> tuple[jax.Array, jax.Array]:
         """Pair indices ``(lo, hi)`` between which a ramp rises, after clamping (dype.md §3.3, §13).
 

@@ -200,7 +200,7 @@ class Policy:
     activation: Activation = "per_axis"
     trained: int | None = None
 
-    def side(self, grid: Grid) -> tuple[float, float]:
+    def side(self, grid: Grid) -> tuple[int | float, int | float]:
         """Tokens per side (rows, columns) that count as trained."""
         if self.trained is not None:
             return self.trained, self.trained

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -33,6 +34,7 @@ def run():
 
     def call(x64, function, *arguments):
         with jax.enable_x64(True) if x64 else contextlib.nullcontext():
+            arguments = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, arguments)
             return jax.tree.map(np.asarray, (function if x64 else jax.jit(function))(*arguments))
 
     return call

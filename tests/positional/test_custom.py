@@ -66,7 +66,7 @@ def test_function_and_factory(custom):
     assert pe.get(custom.halved) is custom.halved
     assert pe.describe(custom.halved) == "custom_method:halved"
     assert str(pe.traceable(custom.halved)) == "custom_method:halved"
-    assert pe.statistic(pe.traceable(custom.halved), None, GRID) is None
+    assert pe.statistic(pe.traceable(custom.halved), jnp.zeros((1, GRID.tokens, 1)), GRID) is None
     rope = jax.jit(lambda method: method(GRID, pe.Signals(sigma=1.0)))(pe.traceable(custom.halved))["image"]
     assert_allclose(rope.frequencies[1], pe.plain(GRID).frequencies[1] / 2)
     assert pe.get("custom_method:factory") == pe.parse("pi()+temperature()")

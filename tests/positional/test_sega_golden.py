@@ -48,19 +48,19 @@ def test_spectrum(golden, run, name, x64):
     tokens = arrays["tokens"]
     first_row = run(x64, lambda t: collapse(t, grid, reduce="batch")[:, 0], jnp.asarray(tokens))
     spectrum = run(x64, lambda t: pe.measure(t, grid, reduce="batch"), jnp.asarray(tokens))
-    relative, absolute = (1e-7, 1e-9) if x64 else (1e-5, 5e-6)
+    relative, absolute = (1e-12, 1e-12) if x64 else (1e-5, 5e-6)
     for sample in range(len(tokens)):  # all samples share the mean map's spectrum
-        assert_allclose(first_row[sample], arrays["map_row0"], rtol=0, atol=1e-7 if x64 else 1e-5)
+        assert_allclose(first_row[sample], arrays["map_row0"], rtol=0, atol=1e-12 if x64 else 1e-5)
         assert_allclose(spectrum.height[sample], arrays["E_h"], rtol=relative)
         assert_allclose(spectrum.width[sample], arrays["E_w"], rtol=relative)
         assert_allclose(spectrum.radial[sample], arrays["E_iso"], rtol=relative)
         assert_allclose(spectrum.flatness[sample], arrays["flatness"], rtol=0, atol=absolute)
-    amplitude = run(x64, lambda m, f: m.amplitude(f), pe.sega_magnitude(), spectrum.flatness[0])
+    amplitude = run(x64, lambda m, f: m.amplitude(f), pe.sega_magnitude(), spectrum.flatness)[0]
     assert_allclose(amplitude, arrays["sigma"], rtol=0, atol=absolute)
     for side in ("h", "w"):
         energy = spectrum.height[0] if side == "h" else spectrum.width[0]
         correction = run(x64, lambda e: pair_correction(e, 28, 1.5), energy)
-        assert_allclose(correction, arrays[f"s_{side}"], rtol=0, atol=1e-7 if x64 else 1e-5)
+        assert_allclose(correction, arrays[f"s_{side}"], rtol=0, atol=1e-12 if x64 else 1e-5)
 
 
 @FILES
@@ -78,12 +78,12 @@ def test_flux_magnitudes_and_tables(golden, run, name, x64):
     arrays = golden(name)
     grid = grid_of(arrays, "corner")
     ropes = run(x64, lambda m, t: ropes_of(m, grid, t), released(arrays), jnp.asarray(arrays["tokens"]))
-    tolerance = 1e-7 if x64 else 5e-6
+    tolerance = 1e-12 if x64 else 5e-6
     for kind in ("text", "image"):
         assert_allclose(magnitudes_of(ropes[kind]), arrays["flux_m"], rtol=0, atol=tolerance)
         for axis, factor in enumerate(arrays["flux_ntk"], start=1):
             expected = pe.base_frequencies(56, 10_000.0 * factor)
-            assert_allclose(ropes[kind].frequencies[axis], expected, rtol=1e-7 if x64 else 1e-6)
+            assert_allclose(ropes[kind].frequencies[axis], expected, rtol=1e-12 if x64 else 1e-6)
     ids = grid.ids()
     picked = np.concatenate([ids["text"], ids["image"][arrays["probe_tokens"]]])
     assert_array_equal(picked, arrays["flux_probe_ids"])
@@ -96,11 +96,11 @@ def test_flux_magnitudes_and_tables(golden, run, name, x64):
         return cos, sin, q, k, logits
 
     cos, sin, q, k, logits = run(x64, rotated, ropes, jnp.asarray(arrays["q"]), jnp.asarray(arrays["k"]))
-    tolerance = 2e-7 if x64 else 3e-5
+    tolerance = 1e-12 if x64 else 3e-5
     assert_allclose(np.repeat(cos, 2, axis=-1), arrays["flux_cos"], rtol=0, atol=tolerance)
     assert_allclose(np.repeat(sin, 2, axis=-1), arrays["flux_sin"], rtol=0, atol=tolerance)
     for got, key in ((q, "flux_q_rot"), (k, "flux_k_rot"), (logits, "flux_logits")):
-        assert_allclose(got, arrays[key], rtol=0, atol=1e-6 if x64 else 2e-4)
+        assert_allclose(got, arrays[key], rtol=0, atol=1e-12 if x64 else 3e-5)
 
 
 @PRECISION
@@ -109,14 +109,14 @@ def test_qwen_magnitudes_and_tables(golden, run, name, x64):
     arrays = golden(name)
     grid = grid_of(arrays, "centered")
     tokens = jnp.asarray(arrays["tokens"])
-    tolerance = 1e-7 if x64 else 5e-6
+    tolerance = 1e-12 if x64 else 5e-6
     for share, key in ((False, "qwen_m"), (True, "qwen_m_released")):
         ropes = run(x64, lambda m, t: ropes_of(m, grid, t), released(arrays, share_width=share), tokens)
         for kind in ("text", "image"):
             assert_allclose(magnitudes_of(ropes[kind]), arrays[key], rtol=0, atol=tolerance)
             for axis, factor in enumerate(arrays["qwen_ntk"], start=1):
                 expected = pe.base_frequencies(56, 10_000.0 * factor)
-                assert_allclose(ropes[kind].frequencies[axis], expected, rtol=1e-7 if x64 else 1e-6)
+                assert_allclose(ropes[kind].frequencies[axis], expected, rtol=1e-12 if x64 else 1e-6)
     ropes = run(x64, lambda m, t: ropes_of(m, grid, t), released(arrays), tokens)
     ids = grid.ids()
     for kind, part, key in (
@@ -124,15 +124,15 @@ def test_qwen_magnitudes_and_tables(golden, run, name, x64):
         ("text", ids["text"], "qwen_cis_txt"),
     ):
         cos, sin = run(x64, lambda rope, part=part: pe.tables(rope, part), ropes[kind])
-        assert_allclose(cos[0], arrays[key].real, rtol=0, atol=2e-7 if x64 else 3e-5)
-        assert_allclose(sin[0], arrays[key].imag, rtol=0, atol=2e-7 if x64 else 3e-5)
+        assert_allclose(cos[0], arrays[key].real, rtol=0, atol=1e-12 if x64 else 3e-5)
+        assert_allclose(sin[0], arrays[key].imag, rtol=0, atol=1e-12 if x64 else 3e-5)
 
 
 @PRECISION
 def test_constants(golden, run, x64):
     """NTK factors and reference magnitudes at a training resolution of 1024 px, for nine grids and ten scales."""
     arrays = golden("sega_constants")
-    relative = 1e-9 if x64 else 1e-6
+    relative = 1e-12 if x64 else 1e-6
 
     def of(method, grid):
         """(ntk factor, reference magnitude) per axis, read off a rope with a flat spectrum."""
@@ -163,5 +163,5 @@ def test_log_linear_profile(golden, run, x64):
 
     energy = arrays["loglinear_E"] if x64 else arrays["loglinear_E"].astype(np.float32)
     correction, magnitude = run(x64, allocated, pe.sega_magnitude(), energy)
-    assert_allclose(correction, arrays["loglinear_s"], rtol=0, atol=1e-9 if x64 else 1e-5)
-    assert_allclose(magnitude, arrays["loglinear_m"], rtol=0, atol=1e-9 if x64 else 2e-6)
+    assert_allclose(correction, arrays["loglinear_s"], rtol=0, atol=1e-12 if x64 else 1e-5)
+    assert_allclose(magnitude, arrays["loglinear_m"], rtol=0, atol=1e-12 if x64 else 2e-6)
