@@ -69,8 +69,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file is on the disk."""
-    _flush(path, os.O_RDWR)
+    """Waits until a file, or every file and folder below a folder, is on the disk."""
+    if not path.is_dir():
+        _flush(path, os.O_RDWR)
+        return
+    for entry in path.iterdir():
+        flush(entry)
+    with contextlib.suppress(OSError):  # not every system can flush a folder
+        _flush(path, os.O_RDONLY)
 
 
 def _flush(path: Path, flags: int) -> None:
@@ -135,7 +141,7 @@ def staged(final: str | os.PathLike[str], *, overwrite: bool = False) -> Iterato
 
     The block makes either ``<stage>/<name of final>`` (a file, or a folder) and, for a file, any number of
     companions; companions move first and ``final`` last, so that once it is there everything is.  Files must be
-    flushed by whoever writes them (`flush`).  Whatever happens, the staging folder is removed; after a SIGKILL
+    flushed by whoever writes them.  Whatever happens, the staging folder is removed; after a SIGKILL
     the next run with the same destination removes it.
 
     Args:

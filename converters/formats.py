@@ -193,7 +193,7 @@ def _hub_blobs(folder: Path) -> Path | None:
     return None
 
 
-def _inside(folder: Path, name: str, named_by: str) -> Path:
+def inside(folder: Path, name: str, named_by: str) -> Path:
     """The file ``name`` of a folder, refused if it is anywhere else."""
     if not _plain_name(name):
         raise CheckpointError(f"{named_by} names {name!r}; only plain file names in its own folder are allowed")
@@ -225,7 +225,7 @@ def weight_paths(folder: str | Path) -> tuple[list[Path], dict[str, str] | None]
             f"{folder}: no weights; expected diffusion_pytorch_model*.safetensors or model*.safetensors"
         )
     if weights.index is None:
-        return [_inside(folder, weights.files[0], f"the folder {folder}")], None
+        return [inside(folder, weights.files[0], f"the folder {folder}")], None
     index = folder / weights.index
     mapping = read_json(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(v, str) for v in mapping.values()):
@@ -233,7 +233,7 @@ def weight_paths(folder: str | Path) -> tuple[list[Path], dict[str, str] | None]
     for name in mapping.values():
         if name.endswith(PICKLE_SUFFIXES):
             raise CheckpointError(f"{index} names the pickle {name!r}. {_PICKLE_REMEDY}")
-    return [_inside(folder, name, str(index)) for name in sorted(set(mapping.values()))], mapping
+    return [inside(folder, name, str(index)) for name in sorted(set(mapping.values()))], mapping
 
 
 def _listing(folder: Path) -> list[Path]:

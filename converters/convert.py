@@ -1,0 +1,381 @@
+"""From any checkpoint layout to any other: `convert`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from converters import verify as verification
+from converters.components import CONFIG_KEY, REPORT_FILE, Checkpoint, Part, open_checkpoint
+from converters.errors import CheckpointError
+from converters.files import flush, staged
+from converters.formats import inside, read_json, read_pipeline
+from converters.keymap import OPERATIONS, Tensor
+from converters.quantised import DEQUANTISED_KEY
+from converters.sources import is_float
+from converters.stream import (
+    Output,
+    Progress,
+    default_workers,
+    write_orbax,
+    write_safetensors,
+    write_sharded,
+    write_text,
+)
+
+TARGETS = ("orbax", "diffusers", "bfl")
+DTYPES: dict[str, np.dtype] = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "f16": np.dtype(np.float16),
+    "float16": np.dtype(np.float16),
+    "f32": np.dtype(np.float32),
+    "float32": np.dtype(np.float32),
+}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SPARE = 64 << 20  # bytes that a conversion leaves free on the disk
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from ``"5GB"``, ``"500MB"`` or a number.
+
+    Raises:
+        ValueError: anything else, or less than one byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", str(text).strip().upper())
+    unit = match and (match[2] if match[2] in _UNITS else f"{match[2]}B")
+    if not match or unit not in (*_UNITS, "B") or float(match[1]) <= 0:
+        raise ValueError(f"size {text!r}: expected a positive number of bytes such as 10GB or 500MB")
+    return max(1, int(float(match[1]) * _UNITS.get(unit, 1)))
+
+
+def tool_version() -> str:
+    """The installed version of this project, or ``unknown``."""
+    try:
+        return importlib.metadata.version("sega-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _layout_of(part: Part, target: str) -> str:
+    if target == "bfl":
+        return "bfl" if "bfl" in part.family.signatures else "diffusers"
+    if target == "diffusers":
+        return part.origin if part.origin.startswith("diffusers") else "diffusers"
+    return target
+
+
+def outputs_for(part: Part, layout: str, dtype: np.dtype | None) -> list[Output]:
+    """What to write for a component in a layout: each tensor as views of the source, through the slots."""
+    slots = part.slots()
+    rename = part.names_for(layout)
+    outputs = []
+    for tensor in part.family.tensors(part.config, layout):
+        origin = [slots[slot] for slot in tensor.slots]
+        stored = {part.source.storage(source.source) for source, _ in origin}
+        kind = _common(stored, dtype, tensor.source)
+        for name in rename(tensor.source):
+            outputs.append(Output(name, tensor.shape, kind, _reader(part, tensor, origin)))
+    return outputs
+
+
+def _common(stored: set[np.dtype], dtype: np.dtype | None, name: str) -> np.dtype:
+    if len(stored) == 1:
+        (kind,) = stored
+        return dtype if dtype is not None and is_float(kind) else kind
+    if dtype is None or not all(is_float(kind) for kind in stored):
+        kinds = ", ".join(sorted(kind.name for kind in stored))
+        raise CheckpointError(f"{name} is fused from tensors of different types ({kinds}); pass --dtype to choose one")
+    return dtype
+
+
+def _reader(part: Part, tensor: Tensor, origin: Sequence[tuple[Tensor, int]]):
+    def pieces() -> list[np.ndarray]:
+        parts = [source.pieces(part.source.view(source.source))[i] for source, i in origin]
+        for op in reversed(tensor.ops):
+            parts = [OPERATIONS[op][1](piece) for piece in parts]
+        return parts
+
+    return pieces
+
+
+def _copy_small(folder: Path, to: Path, skip: Sequence[str] = ()) -> None:
+    """The files of a folder that are not weights: configurations, vocabularies, licences."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() or entry.name in skip or entry.name.startswith("."):
+            continue
+        if entry.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx"):
+            continue
+        if entry.name.endswith(".index.json") or entry.name in (REPORT_FILE, "_METADATA", "_CHECKPOINT_METADATA"):
+            continue
+        shutil.copyfile(inside(folder, entry.name, f"the folder {folder}"), to / entry.name)
+
+
+def _write_part(
+    part: Part, target: str, folder: Path, dtype: np.dtype | None, shard: int, workers: int, bar: Progress
+) -> None:
+    """A component as a folder."""
+    folder.mkdir()
+    if part.folder is not None:
+        _copy_small(part.folder, folder)
+    if not (folder / "config.json").exists():
+        write_text(folder / "config.json", json.dumps(part.config, indent=2, sort_keys=True))
+    outputs = outputs_for(part, _layout_of(part, target), dtype)
+    if target == "orbax":
+        write_orbax(folder, outputs, workers, bar)
+    else:
+        write_sharded(folder, part.family.stem, outputs, shard, workers, bar)
+
+
+def _write_single(part: Part, path: Path, dtype: np.dtype | None, workers: int, bar: Progress) -> None:
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(part.config, sort_keys=True)}
+    write_safetensors(path, outputs_for(part, _layout_of(part, "bfl"), dtype), metadata, workers, bar)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    target: str,
+    product: Path,
+    base: Path | None,
+    dtype: np.dtype | None,
+    shard: int,
+    workers: int,
+    bar: Progress,
+) -> None:
+    parts = checkpoint.parts
+    whole = checkpoint.pipeline is not None or len(parts) > 1
+    if target == "bfl":
+        if not whole:
+            _write_single(next(iter(parts.values())), product, dtype, workers, bar)
+            return
+        product.mkdir()
+        for part in parts.values():
+            _write_single(part, product / part.family.single, dtype, workers, bar)
+        return
+    if not whole:
+        _write_part(next(iter(parts.values())), target, product, dtype, shard, workers, bar)
+        return
+    product.mkdir()
+    for name, part in parts.items():
+        _write_part(part, target, product / name, dtype, shard, workers, bar)
+    if base is not None:
+        _copy_rest(base, product, parts)
+
+
+def _copy_rest(base: Path, product: Path, parts: Mapping[str, Part]) -> None:
+    """What a pipeline has besides weights: its index, scheduler, tokenisers."""
+    _copy_small(base, product)
+    for name in read_pipeline(base) if (base / "model_index.json").is_file() else ():
+        if name not in parts:
+            folder = base / name
+            if not folder.is_dir():
+                raise CheckpointError(f"{folder}: named by {base / 'model_index.json'} but missing; download it")
+            (product / name).mkdir()
+            _copy_small(folder, product / name)
+
+
+def _check_room(needed: int, destination: Path) -> None:
+    try:
+        free = shutil.disk_usage(destination.parent).free
+    except OSError as exc:
+        raise CheckpointError(f"{destination.parent}: cannot be written to ({exc.strerror})") from exc
+    if needed + _SPARE > free:
+        raise CheckpointError(
+            f"{destination}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+            "free some space or write elsewhere"
+        )
+
+
+def _size(checkpoint: Checkpoint, dtype: np.dtype | None) -> int:
+    total = 0
+    for part in checkpoint.parts.values():
+        for tensor in part.tensors:
+            kind = part.source.storage(tensor.source)
+            kind = dtype if dtype is not None and is_float(kind) else kind
+            total += int(np.prod(tensor.shape, dtype=object)) * kind.itemsize
+    return total
+
+
+def _component_record(part: Part, target: str) -> dict[str, Any]:
+    return {
+        "family": part.family.name,
+        "layout_in": part.layout,
+        "layout_out": _layout_of(part, target),
+        "origin": part.origin,
+        "config_from": part.config_from,
+        "tensors": len(part.tensors),
+        "slots": len(part.slots()),
+        "bytes": part.nbytes,
+        "left_out": list(part.ignored),
+        "names": {known: list(given) for known, given in part.names.items() if given != (known,)},
+    }
+
+
+def _choose_base(checkpoint: Checkpoint, base: str | Path | None, target: str) -> Path | None:
+    if base is None:
+        return checkpoint.pipeline
+    base = Path(base)
+    if target == "bfl":
+        raise ValueError("--base gives configurations and tokenisers; the bfl layout has neither")
+    if not (base / "model_index.json").is_file():
+        raise CheckpointError(f"{base}: no model_index.json; --base takes a diffusers pipeline folder")
+    read_json(base / "model_index.json")
+    return base
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str,
+    dtype: str | None = None,
+    verify: str | None = None,
+    overwrite: bool = False,
+    base: str | Path | None = None,
+    max_shard_size: str | int = "10GB",
+    allow_nonfinite: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Converts a checkpoint and returns the report that is stored beside it.
+
+    Args:
+        source: a diffusers pipeline or component folder, a BFL or ComfyUI single file, an Orbax folder.
+        destination: a folder (``orbax``, ``diffusers``, or ``bfl`` of several components) or a file (``bfl`` of
+            one component).  It appears complete or not at all.
+        to: ``orbax``, ``diffusers`` or ``bfl``.
+        dtype: ``bf16``, ``f16`` or ``f32`` for all floating-point tensors; None keeps each tensor's own (and
+            writes dequantised weights as bf16).
+        verify: ``exact`` reads the output back and compares every parameter with the source; ``forward`` also
+            compares every block's output with the reference modules (needs torch, diffusers, transformers).
+        overwrite: replace an existing destination.
+        base: a pipeline folder to take the model index, scheduler and tokenisers from, for sources without them.
+        max_shard_size: largest file of a ``diffusers`` component.
+        allow_nonfinite: with ``verify``, report NaN and infinity instead of refusing them.
+        workers: threads; default up to four.
+        progress: show a bar where there is a terminal.
+
+    Raises:
+        CheckpointError: the source cannot be used, the destination cannot be written, or verification failed.
+        ValueError: an argument out of range.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"to={to!r}: expected one of {', '.join(TARGETS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of bf16, f16, f32, or nothing to keep each tensor's own")
+    if verify not in (None, "exact", "forward"):
+        raise ValueError(f"verify={verify!r}: expected 'exact' or 'forward'")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers}: at least one is needed")
+    shard, threads = parse_size(max_shard_size), workers or default_workers()
+    destination = Path(os.path.normpath(destination))
+    if not destination.name:
+        raise ValueError("destination: expected a path that ends in a name")
+    with open_checkpoint(source) as checkpoint:
+        if verify == "forward":
+            from converters import forward  # before any work, so that a missing torch is said at once
+
+            forward.require(checkpoint)
+        kind = DTYPES[dtype] if dtype else None
+        if kind is None and any(DEQUANTISED_KEY in part.source.metadata for part in checkpoint.parts.values()):
+            kind = DTYPES["bf16"]
+        rest = _choose_base(checkpoint, base, to)
+        needed = _size(checkpoint, kind)
+        _check_room(needed, destination)
+        report: dict[str, Any] = {
+            "tool": "sega-jax converters",
+            "version": tool_version(),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "source": {
+                "name": Path(source).name,
+                "layout": checkpoint.layout,
+                "files": [{"name": file.name, "bytes": file.stat().st_size} for file in checkpoint.files[:1000]],
+            },
+            "to": to,
+            "dtype": kind.name if kind is not None else "kept",
+            "bytes": needed,
+            "components": {name: _component_record(part, to) for name, part in checkpoint.parts.items()},
+        }
+        with staged(destination, overwrite=overwrite) as stage:
+            product = stage / destination.name
+            started = time.perf_counter()
+            with Progress(needed, "convert", progress) as bar:
+                _write(checkpoint, to, product, rest, kind, shard, threads, bar)
+            written = time.perf_counter()
+            flush(product)
+            report["seconds"] = {"write": written - started, "flush": time.perf_counter() - written}
+            if verify:
+                report["seconds"]["verify"] = _verify(
+                    checkpoint, product, report, verify, allow_nonfinite, threads, progress
+                )
+            beside = product / REPORT_FILE if product.is_dir() else stage / f"{destination.name}.{REPORT_FILE}"
+            write_text(beside, json.dumps(report, indent=1))
+            flush(beside)
+    return report
+
+
+def _verify(
+    checkpoint: Checkpoint,
+    product: Path,
+    report: dict[str, Any],
+    level: str,
+    allow_nonfinite: bool,
+    threads: int,
+    progress: bool,
+) -> float:
+    started = time.perf_counter()
+    hashes: list[tuple[str, str]] = []
+    total = sum(part.nbytes for part in checkpoint.parts.values())
+    with open_checkpoint(product) as output, Progress(total, "verify", progress) as bar:
+        for name, part in checkpoint.parts.items():
+            if name not in output.parts:
+                raise CheckpointError(f"{product}: the {name} is not in the output")
+            findings = verification.compare(part, output.parts[name], threads, bar)
+            verification.check(findings, name, allow_nonfinite=allow_nonfinite)
+            report["components"][name]["verify"] = asdict(findings)
+            hashes += [(f"{name}/{slot}", value) for slot, value in findings.hashes.items()]
+        report["source"]["fingerprint"] = verification.combine(hashes)
+        if level == "forward":
+            from converters import forward
+
+            for name, part in checkpoint.parts.items():
+                report["components"][name]["forward"] = forward.compare(part, output.parts[name])
+    return time.perf_counter() - started
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """A stored report in a few lines, for people."""
+    lines = [
+        f"converted {report['source']['name']} ({report['source']['layout']}) to {report['to']}, "
+        f"types {report['dtype']}, {report['bytes']:,} bytes, by {report['tool']} {report['version']}, "
+        f"{report['created']}"
+    ]
+    for name, part in report["components"].items():
+        line = f"  {name}: {part['tensors']} tensors, {part['slots']} parameters, configuration from {part['config_from']}"
+        if part["left_out"]:
+            line += f", {len(part['left_out'])} tensors left out ({', '.join(part['left_out'][:3])})"
+        lines.append(line)
+        if found := part.get("verify"):
+            line = f"    verified: {found['equal']} of {found['slots']} equal bit for bit"
+            if found["rounded"]:
+                line += (
+                    f", {found['rounded']} rounded (largest relative error {found['largest_error']:.3g}, "
+                    f"bound {found['bound']:.3g})"
+                )
+            if found["nonfinite"]:
+                line += f", {len(found['nonfinite'])} with NaN or infinity"
+            lines.append(line)
+    if "fingerprint" in report["source"]:
+        lines.append(f"  fingerprint {report['source']['fingerprint']}")
+    return "\n".join(lines)
