@@ -43,7 +43,6 @@ ENTRY_POINTS = "sega_jax.positional"
 
 
 @runtime_checkable
-@runtime_checkable
 class Method(Protocol):
     """Anything that encodes positions; see the module's docstring for its optional attributes."""
 
