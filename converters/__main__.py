@@ -43,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     match options.verb:
         case "convert":
-            from converters.convert import convert, summary
+            from converters.convert import convert
+            from converters.report import summary
 
             report = convert(
                 options.source,

@@ -15,9 +15,9 @@ from converters.formats import choose_weights, read_json, read_pipeline
 from converters.keymap import Slot, Tensor, canonical
 from converters.keymaps import vae
 from converters.quantised import dequantise
+from converters.report import REPORT_FILE
 from converters.sources import NamedSource, OrbaxSource, Source, is_orbax, open_safetensors
 
-REPORT_FILE = "conversion.json"
 CONFIG_KEY = "config"  # under which single files that we write keep the component's configuration
 
 # Prefixes of components inside a ComfyUI single file, longest first where one begins another.

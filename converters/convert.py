@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -17,12 +16,13 @@ import ml_dtypes
 import numpy as np
 
 from converters import verify as verification
-from converters.components import CONFIG_KEY, REPORT_FILE, Checkpoint, Part, open_checkpoint
+from converters.components import CONFIG_KEY, Checkpoint, Part, open_checkpoint
 from converters.errors import CheckpointError
 from converters.files import flush, staged
 from converters.formats import inside, read_json, read_pipeline
 from converters.keymap import OPERATIONS, Tensor
 from converters.quantised import DEQUANTISED_KEY
+from converters.report import REPORT_FILE, report_path, tool_version
 from converters.sources import is_float
 from converters.stream import (
     Output,
@@ -58,14 +58,6 @@ def parse_size(text: str | int) -> int:
     if not match or unit not in (*_UNITS, "B") or float(match[1]) <= 0:
         raise ValueError(f"size {text!r}: expected a positive number of bytes such as 10GB or 500MB")
     return max(1, int(float(match[1]) * _UNITS.get(unit, 1)))
-
-
-def tool_version() -> str:
-    """The installed version of this project, or ``unknown``."""
-    try:
-        return importlib.metadata.version("sega-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _layout_of(part: Part, target: str) -> str:
@@ -319,7 +311,7 @@ def convert(
                 report["seconds"]["verify"] = _verify(
                     checkpoint, product, report, verify, allow_nonfinite, threads, progress
                 )
-            beside = product / REPORT_FILE if product.is_dir() else stage / f"{destination.name}.{REPORT_FILE}"
+            beside = report_path(product)
             write_text(beside, json.dumps(report, indent=1))
             flush(beside)
     return report
@@ -352,30 +344,3 @@ def _verify(
             for name, part in checkpoint.parts.items():
                 report["components"][name]["forward"] = forward.compare(part, output.parts[name])
     return time.perf_counter() - started
-
-
-def summary(report: Mapping[str, Any]) -> str:
-    """A stored report in a few lines, for people."""
-    lines = [
-        f"converted {report['source']['name']} ({report['source']['layout']}) to {report['to']}, "
-        f"types {report['dtype']}, {report['bytes']:,} bytes, by {report['tool']} {report['version']}, "
-        f"{report['created']}"
-    ]
-    for name, part in report["components"].items():
-        line = f"  {name}: {part['tensors']} tensors, {part['slots']} parameters, configuration from {part['config_from']}"
-        if part["left_out"]:
-            line += f", {len(part['left_out'])} tensors left out ({', '.join(part['left_out'][:3])})"
-        lines.append(line)
-        if found := part.get("verify"):
-            line = f"    verified: {found['equal']} of {found['slots']} equal bit for bit"
-            if found["rounded"]:
-                line += (
-                    f", {found['rounded']} rounded (largest relative error {found['largest_error']:.3g}, "
-                    f"bound {found['bound']:.3g})"
-                )
-            if found["nonfinite"]:
-                line += f", {len(found['nonfinite'])} with NaN or infinity"
-            lines.append(line)
-    if "fingerprint" in report["source"]:
-        lines.append(f"  fingerprint {report['source']['fingerprint']}")
-    return "\n".join(lines)

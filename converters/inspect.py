@@ -6,13 +6,15 @@ import json
 import math
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
 
 from converters.errors import CheckpointError
 from converters.formats import METADATA_KEY, Kind, SafetensorsSource, choose_weights, detect, open_tensors
+from converters.report import stored_report, summary
+from converters.sources import OrbaxSource, is_orbax
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Report:
         description: one line.
         parts: components, or the single file.
         metadata: name of each text record in the file -> what it is ("JSON, 14 fields").
+        conversion: the report of the conversion that made it, if one lies beside it.
     """
 
     path: str
@@ -57,6 +60,7 @@ class Report:
     description: str
     parts: tuple[Part, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
+    conversion: dict = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """Plain dictionaries, lists and numbers."""
@@ -79,6 +83,8 @@ class Report:
                 lines.append("  " + "  ".join(cells).rstrip())
         lines += [f"  problem in {part.name}: {part.problem}" for part in self.parts if part.problem]
         lines += [f"  metadata {name!r}: {what}" for name, what in self.metadata.items()]
+        if self.conversion:
+            lines.append("  " + summary(self.conversion).replace("\n", "\n  "))
         return "\n".join(lines)
 
 
@@ -127,10 +133,25 @@ def _weigh(name: str, class_name: str | None, source: SafetensorsSource) -> Part
     )
 
 
+def _weigh_orbax(folder: Path, name: str, class_name: str | None) -> Part:
+    source = OrbaxSource(folder)
+    dtypes: Counter[str] = Counter()
+    nbytes = 0
+    for key in source.keys():  # noqa: SIM118  not a mapping
+        count = math.prod(source.shape(key))
+        dtypes[source.storage(key).name] += count
+        nbytes += count * source.storage(key).itemsize
+    source.close()
+    tensors = len(source.keys())
+    return Part(name, class_name, ("_METADATA",), tensors, dtypes.total(), dict(dtypes.most_common()), nbytes)
+
+
 def _component(folder: Path, name: str, class_name: str | None) -> Part:
     try:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: the folder is missing")
+        if is_orbax(folder):
+            return _weigh_orbax(folder, name, class_name)
         names = [entry.name for entry in folder.iterdir()]
         if choose_weights(names, str(folder)) is None:
             if "config.json" in names:
@@ -155,7 +176,14 @@ def inspect(path: str | Path) -> Report:
     path = Path(path)
     if path.is_file() and path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
         return _inspect_image(path)
+    return replace(_inspect_weights(path), conversion=stored_report(path))
+
+
+def _inspect_weights(path: Path) -> Report:
     layout = detect(path)
+    if layout.kind is not Kind.PIPELINE and is_orbax(path):
+        part = _weigh_orbax(path, path.name, layout.class_name)
+        return Report(str(path), "Orbax checkpoint", f"{part.tensors} arrays", (part,))
     kind, description = layout.kind.value, layout.description
     match layout.kind:
         case Kind.PIPELINE:

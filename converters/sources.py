@@ -68,6 +68,7 @@ class MappedSource(SafetensorsSource):
         # The library has checked that tensors follow one another without gaps, in the order it lists them.
         data = self._maps[path] = np.memmap(path, np.uint8, mode="r")
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        _refuse_duplicates(data[8:start].tobytes(), path)
         for name in self._handle(path).offset_keys():
             if self.dtype(name) not in STORAGE:
                 raise CheckpointError(
@@ -93,6 +94,19 @@ class MappedSource(SafetensorsSource):
         """Unmaps the files once no view is left."""
         super().close()
         self._maps.clear()
+
+
+def _refuse_duplicates(header: bytes, path: Path) -> None:
+    """A header that says two things of one name is refused; the library would keep the last."""
+
+    def pairs(items: list[tuple[str, object]]) -> dict:
+        names = [name for name, _ in items]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path}: its header describes {twice!r} twice; damaged or tampered with")
+        return dict(items)
+
+    json.loads(header, object_pairs_hook=pairs)
 
 
 def open_safetensors(path: Path) -> MappedSource:

@@ -141,15 +141,20 @@ def all_finite(array: np.ndarray) -> bool:
     return not bool(((bits(array) & pattern) == pattern).any())
 
 
+def _put(descriptor: int, offset: int, data: bytes | memoryview) -> int:
+    data = memoryview(data)
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+    return offset
+
+
 def write_array(descriptor: int, offset: int, array: np.ndarray, dtype: np.dtype, name: str, progress: Progress) -> int:
     """Writes an array at an offset, cast on the way; returns the offset after it."""
     for block in blocks(array):
         data = memoryview(cast(block, dtype, name).reshape(-1).view(np.uint8))
-        size = len(data)
-        while data:
-            written = os.pwrite(descriptor, data, offset)
-            data, offset = data[written:], offset + written
-        progress.add(size)
+        offset = _put(descriptor, offset, data)
+        progress.add(len(data))
     return offset
 
 
@@ -177,7 +182,7 @@ def write_safetensors(
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
     try:
         os.ftruncate(descriptor, start + end)
-        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        _put(descriptor, 0, len(text).to_bytes(8, "little") + text)
 
         def task(output: Output, offset: int) -> Callable[[], None]:
             def write() -> None:
