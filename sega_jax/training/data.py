@@ -38,11 +38,11 @@ class Bucket:
 
 
 BUCKETS = (
-    Bucket(8, 8, 8000),
-    Bucket(12, 12, 4000),
-    Bucket(16, 16, 4000),
-    Bucket(12, 20, 1600),
-    Bucket(20, 12, 1600),
+    Bucket(8, 8, 6000),
+    Bucket(12, 12, 3000),
+    Bucket(16, 16, 3000),
+    Bucket(12, 20, 800),
+    Bucket(20, 12, 800),
 )
 
 

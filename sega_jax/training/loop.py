@@ -77,7 +77,7 @@ def make_step(
             if trainable is not None:  # after the optimizer, which may decay weights
                 updates = jax.tree.map(lambda keep, u: u if keep else jnp.zeros_like(u), trainable, updates)
             params = optax.apply_updates(state.params, updates)
-            norm = optax.global_norm(gradients)
+            norm = optax.tree.norm(gradients)
         n = state.step.astype(jnp.float32)
         keep = jnp.minimum(jnp.float32(ema_decay), (1.0 + n) / (10.0 + n))
         ema = jax.tree.map(lambda old, new: old * keep + new * (1.0 - keep), state.ema, params)
