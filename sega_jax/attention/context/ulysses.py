@@ -1,0 +1,74 @@
+"""Ulysses attention: an all-to-all trades sequence shards for head shards, and back.
+
+Every device then sees the whole sequence for its share of the heads, so any local kernel runs unchanged.  Heads are
+padded to a multiple of the devices; with ``inner`` given, the sequence is still sharded over a second axis and the
+inner scheme (`ring`) finishes the work: the 2-D product for more devices than heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from sega_jax.attention.context.sharded import Run, Sharded, split_heads
+from sega_jax.attention.local.contract import Request
+
+
+def ulysses(
+    q: Sharded,
+    k: Sharded,
+    v: Sharded,
+    *,
+    run: Run,
+    scale: float,
+    axis: str,
+    total: int,
+    inner: Callable[..., Sharded] | None = None,
+) -> Sharded:
+    """Joint attention of text and image with the image sharded over ``axis``; call inside `jax.shard_map`.
+
+    Args:
+        q, k, v: rotated queries, keys and values of this device.
+        run: a local kernel's ``run``.
+        scale: multiplies the logits.
+        axis: name of the context axis.
+        total: image tokens of the whole sequence, without padding.
+        inner: the scheme for a second context axis, the outer one of the token order: `ring` with its ``axis``
+            given; each of its shards then holds the tokens of all devices of ``axis``.
+
+    Returns:
+        Text output (replicated) and this device's image output, in the dtype of q.
+    """
+    devices, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    heads = q.image.shape[2]
+    padded = split_heads(heads, devices)
+    share = padded // devices
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, padded - heads), (0, 0)))
+
+    def to_heads(x: Sharded) -> Sharded:
+        text = jax.lax.dynamic_slice_in_dim(pad(x.text), here * share, share, 2)
+        image = jax.lax.all_to_all(pad(x.image), axis, split_axis=2, concat_axis=1, tiled=True)
+        return Sharded(text, image)
+
+    mine = tuple(to_heads(x) for x in (q, k, v))
+    answer = partial(inner, run=run) if inner is not None else partial(_joint, run=run)
+    out = answer(*mine, scale=scale, total=total)
+    image = jax.lax.all_to_all(out.image, axis, split_axis=1, concat_axis=2, tiled=True)
+    text = jax.lax.all_gather(out.text, axis, axis=2, tiled=True)
+    return Sharded(text[:, :, :heads], image[:, :, :heads])
+
+
+def _joint(q: Sharded, k: Sharded, v: Sharded, *, run: Run, scale: float, total: int) -> Sharded:
+    """The whole sequence on this device: text first, padding last, so a key length hides it."""
+    joined = [jnp.concatenate(x, axis=1) for x in (q, k, v)]
+    text, batch = q.text.shape[1], q.text.shape[0]
+    length = None
+    if total < q.image.shape[1]:
+        length = jnp.full((batch,), text + total, jnp.int32)
+    out, _ = run(Request(*joined, scale, length))
+    return Sharded(out[:, :text], out[:, text:])
