@@ -88,15 +88,16 @@ def _parse(argv: Sequence[str]):
 
 
 def _complaint(box: str, command: str) -> str:
-    """The parser's complaint without its frame and its repetition of the help."""
-    words: list[str] = []
+    """The parser's complaint without its frame, its title and its repetition of the help."""
+    blocks: list[list[str]] = [[]]
     for line in box.splitlines():
-        text = line.strip("│╭╮╰╯ \n")
-        if set(text) <= {"─", " "} and words:
-            break
-        if text and not line.startswith(("╭", "╰")):
-            words.append(text)
-    return f"{' '.join(words) or 'the arguments cannot be read'} (see {command} --help)"
+        text = line.strip("│|╭╮╰╯+ \n")
+        if text and not text.strip("─- "):
+            blocks.append([])
+        elif text and not line.startswith(("╭", "╰")):
+            blocks[-1].append(text)
+    told = blocks[0] if "╭" in box else [*blocks, []][1]  # without a frame, the title is a block of its own
+    return f"{' '.join(told) or 'the arguments cannot be read'} (see {command} --help)"
 
 
 @contextlib.contextmanager

@@ -81,17 +81,18 @@ class Phase:
         self.end()
 
 
-def progress_bar(total: int, label: str):
-    """A bar over the steps of a batch, with the time left."""
+def progress_bar(total: int, label: str, done: int = 0):
+    """A bar over the steps of a batch, with the time left; ``done`` steps do not count for the speed."""
     from tqdm import tqdm
 
     interactive = sys.stderr.isatty()
     return tqdm(
         total=total,
+        initial=done,
         desc=label,
         unit="step",
         file=sys.stderr,
-        leave=interactive,
+        leave=True,
         mininterval=0.1 if interactive else 10.0,
         dynamic_ncols=interactive,
     )

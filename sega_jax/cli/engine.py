@@ -17,6 +17,7 @@ from sega_jax.cli.jobs import Batch, Job, State
 from sega_jax.images import Image
 from sega_jax.latents import load_latents, save_latents
 from sega_jax.pipeline import Pipeline, Progress, versions
+from sega_jax.sampling.schedule import start_index
 
 CACHED_PROMPTS = 64
 
@@ -104,20 +105,23 @@ class Engine:
 
         done = self._done + len(batch.jobs)
         count = f"{self._done + 1}" if done == self._done + 1 else f"{self._done + 1}-{done}"
-        bar = None
-        phase = None
-        if batch.key not in self.classes:
+        label = f"image {count} of {self._total}"
+        bar = phase = None
+        if batch.key in self.classes:
+            skipped = 0 if plan.strength is None else start_index(plan.steps, plan.strength)
+            bar = progress_bar(plan.steps - skipped, label)
+        else:
             self.classes.add(batch.key)
-            rows_text = f", batch of {batch.size}" if batch.size > 1 else ""
-            phase = Phase(f"compiling for {plan.width}x{plan.height}{rows_text}, cached for the next time")
+            several = f", batch of {batch.size}" if batch.size > 1 else ""
+            phase = Phase(f"compiling for {plan.width}x{plan.height}{several}, cached for the next time")
 
         def on_step(progress: Progress) -> None:
             nonlocal bar
-            if phase is not None:
+            if bar is None:  # the first step compiles, so the bar and its speed start after it
                 phase.end()
-            if bar is None:
-                bar = progress_bar(progress.total, f"image {count} of {self._total}")
-            bar.update(progress.index - bar.n)
+                bar = progress_bar(progress.total, label, progress.index)
+            else:
+                bar.update()
 
         begun = time.perf_counter()
         try:
