@@ -174,6 +174,9 @@ def export(modules: Mapping[str, nnx.Module], folder: Path) -> int:
     for name, (stem, config, rows, dims) in components.items():
         _json(folder / name / "config.json", config)
         tensors = published(modules[name], rows, dims)
+        if name == "text_encoder_2":
+            capitalised, lower = vocabulary.t5_aliases()
+            tensors["shared.weight"][capitalised] = tensors["shared.weight"][lower]
         tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in tensors.items()}
         path = folder / name / f"{stem}.safetensors"
         save_file(tensors, path, metadata={"format": "pt"})

@@ -1,7 +1,7 @@
 """The tokenisers of `nano`: small vocabularies in the file formats of T5 and CLIP.
 
-Every word of the grammar is one token for both; anything else falls apart into letters, which the model has
-never seen.  transformers and `sega_jax.models.tokenize` read the same files and give the same ids.
+Every word of the grammar is one token for both, whatever its case; to T5 any other word is unknown, which is how a
+prompt is found to contain it.  transformers and `sega_jax.models.tokenize` read the same files and give the same ids.
 """
 
 from __future__ import annotations
@@ -20,18 +20,25 @@ _SPACE = "▁"
 _T5_SPECIAL = ("<pad>", "</s>", "<unk>")
 _CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _PUNCTUATION = (",", ".", ";", ":", "!", "?", "-", "'")
-_LETTERS = tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
-_WORD_SCORE, _LETTER_SCORE = -2.0, -10.0  # log-probabilities: whole words win over their letters
+_SCORE = -2.0  # log-probability; all alike, since no text can be split in two ways
 
 
 def t5_pieces() -> list[tuple[str, float]]:
     """Pieces of the T5 vocabulary with their scores; the index is the id."""
     pieces = [(token, 0.0) for token in _T5_SPECIAL]
-    pieces += [(_SPACE + word, _WORD_SCORE) for word in grammar.words()]
-    pieces += [(mark, _WORD_SCORE) for mark in _PUNCTUATION]
-    letters = [(letter, _LETTER_SCORE) for letter in (_SPACE, *_LETTERS)]
-    known = {piece for piece, _ in pieces}
-    return pieces + [(piece, score) for piece, score in letters if piece not in known]
+    pieces += [(_SPACE + word, _SCORE) for word in grammar.words()]
+    pieces += [(mark, _SCORE) for mark in (*_PUNCTUATION, _SPACE)]
+    return pieces + [(_SPACE + word.capitalize(), _SCORE) for word in grammar.words()]
+
+
+def t5_aliases() -> tuple[list[int], list[int]]:
+    """Ids of capitalised words, and of the same words in lower case, whose embeddings they share.
+
+    transformers ignores a normaliser in a T5 tokeniser file, so case has to be folded here.
+    """
+    ids = {piece: i for i, (piece, _) in enumerate(t5_pieces())}
+    words = grammar.words()
+    return [ids[_SPACE + word.capitalize()] for word in words], [ids[_SPACE + word] for word in words]
 
 
 def write_t5(folder: Path) -> None:

@@ -1,0 +1,33 @@
+import numpy as np
+
+from sega_jax.models.tokenize import load_clip_tokenizer, load_t5_tokenizer
+from sega_jax.nano import grammar, vocabulary
+
+
+def test_every_word_is_one_token_in_both_vocabularies(tmp_path):
+    vocabulary.write_t5(tmp_path / "t5")
+    vocabulary.write_clip(tmp_path / "clip")
+    t5 = load_t5_tokenizer(tmp_path / "t5", vocabulary.T5_LENGTH)
+    clip = load_clip_tokenizer(tmp_path / "clip", vocabulary.CLIP_LENGTH)
+    for word in grammar.words():
+        for text in (word, word.capitalize()):
+            assert np.sum(t5([text]) != t5.pad_id) == 2, text  # the word and </s>
+            assert np.sum(clip([text]) != clip.pad_id) == 2, text  # the start and the word; the end also pads
+    assert t5.vocab_size == len(vocabulary.t5_pieces())
+    assert clip.vocab_size == len(vocabulary.clip_tables()[0])
+
+
+def test_captions_fit_and_foreign_words_are_noticed(tmp_path):
+    vocabulary.write_t5(tmp_path)
+    t5 = load_t5_tokenizer(tmp_path, vocabulary.T5_LENGTH)
+    captions = [grammar.caption(scene, t) for scene in grammar.UNSEEN_SCENES for t in range(len(grammar.TEMPLATES))]
+    assert np.all(t5(captions)[:, -1] == t5.pad_id)
+    assert not any(t5.unknown_words(text) for text in captions)
+    assert t5.unknown_words("a shiny red zebra") == ["shiny", "zebra"]
+
+
+def test_capitals_share_the_row_of_their_word():
+    pieces = [piece for piece, _ in vocabulary.t5_pieces()]
+    capitalised, lower = vocabulary.t5_aliases()
+    assert [pieces[i].lower() for i in capitalised] == [pieces[i] for i in lower]
+    assert len(set(pieces)) == len(pieces)
