@@ -29,10 +29,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--overwrite", action="store_true", help="replace an existing destination")
     convert.add_argument("--base", help="pipeline folder that gives tokenisers and scheduler to a single file")
+    convert.add_argument("--lora", action="append", default=[], help="merge a LoRA: FILE or FILE:WEIGHT; repeatable")
+    convert.add_argument("--ignore-unknown", action="store_true", help="leave out keys of a LoRA that fit nothing")
     convert.add_argument("--max-shard-size", default="10GB", help="largest file of a diffusers component")
     convert.add_argument("--allow-nonfinite", action="store_true", help="report NaN and infinity, do not refuse them")
     convert.add_argument("--workers", type=int, help="threads (default: up to four)")
     convert.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    lora = verbs.add_parser("lora", help="write a LoRA in another dialect")
+    lora.add_argument("source", help="safetensors file in any dialect, or an Orbax folder made here")
+    lora.add_argument("destination")
+    lora.add_argument("--to", required=True, choices=("diffusers", "kohya", "bfl", "ai-toolkit", "xlabs", "orbax"))
+    lora.add_argument("--overwrite", action="store_true", help="replace an existing destination")
+    lora.add_argument("--ignore-unknown", action="store_true", help="leave out keys that fit nothing")
     inspect = verbs.add_parser("inspect", help="what a checkpoint is made of")
     inspect.add_argument("path")
     fingerprint = verbs.add_parser("fingerprint", help="a hash of the parameters, equal for every layout")
@@ -54,6 +62,8 @@ def _run(options: argparse.Namespace) -> None:
                 verify=options.verify,
                 overwrite=options.overwrite,
                 base=options.base,
+                loras=options.lora,
+                ignore_unknown=options.ignore_unknown,
                 max_shard_size=options.max_shard_size,
                 allow_nonfinite=options.allow_nonfinite,
                 workers=options.workers,
@@ -61,6 +71,18 @@ def _run(options: argparse.Namespace) -> None:
             )
             if not options.quiet:
                 print(summary(report))
+        case "lora":
+            from converters.lora_dialects import convert_lora
+
+            done = convert_lora(
+                options.source,
+                options.destination,
+                to=options.to,
+                overwrite=options.overwrite,
+                ignore_unknown=options.ignore_unknown,
+            )
+            weights = ", ".join(f"{count} weights of the {name}" for name, count in done["weights"].items())
+            print(f"wrote {options.destination} ({done['to']}): {weights}, rank up to {done['largest_rank']}")
         case "inspect":
             from converters.inspect import inspect
 

@@ -21,6 +21,8 @@ from converters.errors import CheckpointError
 from converters.files import flush, staged
 from converters.formats import inside, read_json, read_pipeline
 from converters.keymap import OPERATIONS, Tensor
+from converters.lora import merge, parse_lora
+from converters.lora_dialects import read_lora
 from converters.quantised import DEQUANTISED_KEY
 from converters.report import REPORT_FILE, report_path, tool_version
 from converters.sources import is_float
@@ -235,6 +237,8 @@ def convert(
     verify: str | None = None,
     overwrite: bool = False,
     base: str | Path | None = None,
+    loras: Sequence[str] = (),
+    ignore_unknown: bool = False,
     max_shard_size: str | int = "10GB",
     allow_nonfinite: bool = False,
     workers: int | None = None,
@@ -253,6 +257,8 @@ def convert(
             compares every block's output with the reference modules (needs torch, diffusers, transformers).
         overwrite: replace an existing destination.
         base: a pipeline folder to take the model index, scheduler and tokenisers from, for sources without them.
+        loras: LoRA files to merge into the weights, each as ``path`` or ``path:weight``.
+        ignore_unknown: leave out keys of a LoRA that belong to nothing known.
         max_shard_size: largest file of a ``diffusers`` component.
         allow_nonfinite: with ``verify``, report NaN and infinity instead of refusing them.
         workers: threads; default up to four.
@@ -274,7 +280,9 @@ def convert(
     destination = Path(os.path.normpath(destination))
     if not destination.name:
         raise ValueError("destination: expected a path that ends in a name")
-    with open_checkpoint(source) as checkpoint:
+    merged = [(read_lora(path, ignore_unknown=ignore_unknown), weight) for path, weight in map(parse_lora, loras)]
+    with open_checkpoint(source) as opened:
+        checkpoint = merge(opened, merged, DTYPES[dtype] if dtype else None) if merged else opened
         if verify == "forward":
             from converters import forward  # before any work, so that a missing torch is said at once
 
@@ -294,6 +302,7 @@ def convert(
                 "layout": checkpoint.layout,
                 "files": [{"name": file.name, "bytes": file.stat().st_size} for file in checkpoint.files[:1000]],
             },
+            "loras": [{"name": lora.name, "weight": weight} for lora, weight in merged],
             "to": to,
             "dtype": kind.name if kind is not None else "kept",
             "bytes": needed,

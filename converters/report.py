@@ -44,6 +44,8 @@ def summary(report: Mapping[str, Any]) -> str:
         f"types {report['dtype']}, {report['bytes']:,} bytes, by {report['tool']} {report['version']}, "
         f"{report['created']}"
     ]
+    for lora in report.get("loras", ()):
+        lines.append(f"  merged {lora['name']} with weight {lora['weight']:g}")
     for name, part in report["components"].items():
         counts = f"{part['tensors']} tensors, {part['slots']} parameters"
         line = f"  {name}: {counts}, configuration from {part['config_from']}"
