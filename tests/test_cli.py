@@ -230,6 +230,10 @@ def test_saved_latents_are_exchangeable(run, make, pipe):
     assert (stored.dtype, stored.shape) == (np.float32, (1, 16, 8, 8))
     expected = pipe.generate(PROMPT, width=64, height=64, steps=2, decode=False)
     np.testing.assert_allclose(stored.transpose(0, 2, 3, 1), expected.latents, rtol=0, atol=1e-4)
+    assert make("--save-latents", "z.safetensors")["images"][0]["done"] == "skipped"
+    Path("z.safetensors").rename("moved.safetensors")
+    assert make("--save-latents", "z.safetensors")["images"][0]["done"] == "made"  # latents that were asked for
+    assert Path("z.safetensors").read_bytes() == Path("moved.safetensors").read_bytes()
     assert run("decode", "z.safetensors", "--out", "z.png")[0] == 0
     assert Path("z.png").read_bytes() == Path("out.png").read_bytes()
 
@@ -509,7 +513,7 @@ def test_bad_arguments_fail_before_anything_loads(run, monkeypatch, words, messa
 def test_no_verb(run):
     assert run()[::2] == (
         2,
-        "sega-jax: error: Expected one of {generate, decode, inspect, methods, doctor}. (see sega-jax --help)\n",
+        "sega-jax: error: Expected one of {generate, decode, convert, inspect, methods, doctor}. (see sega-jax --help)\n",
     )
 
 

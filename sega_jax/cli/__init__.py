@@ -1,4 +1,4 @@
-"""The command line: ``sega-jax generate | decode | inspect | methods | doctor``.
+"""The command line: ``sega-jax generate | decode | convert | inspect | methods | doctor``.
 
 Each verb is a frozen dataclass of its options with ``run()``, which is also the Python API::
 
@@ -21,12 +21,13 @@ from collections.abc import Iterator, Sequence
 _VERBS = {
     "generate": "Generate",
     "decode": "Decode",
+    "convert": "Convert",
     "inspect": "Inspect",
     "methods": "Methods",
     "doctor": "Doctor",
 }
 
-__all__ = ["Decode", "Doctor", "Generate", "Inspect", "Methods", "main"]
+__all__ = ["Convert", "Decode", "Doctor", "Generate", "Inspect", "Methods", "main"]
 
 
 def __getattr__(name: str):

@@ -275,7 +275,8 @@ def look(job: Job, overwrite: bool) -> Job:
         if different:
             fields = ", ".join(different)
             raise FileExistsError(f"{job.out} exists and was made differently ({fields}); change --out or --overwrite")
-        return replace(job, state=State.DONE)
+        if not job.keeps_latents:
+            return replace(job, state=State.DONE)
     if job.latents.exists():
         try:
             _, found = load_latents(job.latents)
@@ -287,7 +288,7 @@ def look(job: Job, overwrite: bool) -> Job:
                 f"{job.latents} holds the latents of another run ({', '.join(different)}); finish it with "
                 f"`sega-jax decode {job.latents}`, remove it, or give --overwrite"
             )
-        return replace(job, state=State.LATENTS)
+        return replace(job, state=State.DONE if job.out.exists() else State.LATENTS)
     return job
 
 
