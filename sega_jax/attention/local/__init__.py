@@ -1,9 +1,9 @@
 """Attention kernels on one device, behind one contract."""
 
 from sega_jax.attention.local import reference, xla
-from sega_jax.attention.local.contract import Kernel, Refusal, Request, choose, kernels, register
+from sega_jax.attention.local.contract import Kernel, Refusal, Request, choose, explain, kernels, register
 
 register(xla.KERNEL)
 register(reference.KERNEL)
 
-__all__ = ["Kernel", "Refusal", "Request", "choose", "kernels", "register"]
+__all__ = ["Kernel", "Refusal", "Request", "choose", "explain", "kernels", "register"]

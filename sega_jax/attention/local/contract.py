@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
 from sega_jax.layouts.blocks import BlockMap
 
@@ -16,14 +17,14 @@ class Request:
 
     Attributes:
         q: [B, Nq, H, D]; k: [B, Nk, H, D]; v: [B, Nk, H, Dv], all of one dtype, already rotated.
-        scale: multiplies the logits.
+        scale: multiplies the logits.  (`supports` needs shapes and dtypes only.)
         kv_length: i32 [B], valid keys per sample (they come first), or None.
         block_map: visited key blocks, or None for all.
     """
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
+    q: jax.Array | jax.ShapeDtypeStruct
+    k: jax.Array | jax.ShapeDtypeStruct
+    v: jax.Array | jax.ShapeDtypeStruct
     scale: float
     kv_length: jax.Array | None = None
     block_map: BlockMap | None = None
@@ -49,12 +50,22 @@ class Kernel:
     run: Callable[[Request], tuple[jax.Array, jax.Array]]
 
 
+def accumulator(dtype) -> np.dtype:
+    """Softmax and sums of values of ``dtype`` are kept in this: float32, or float64 for float64."""
+    return np.promote_types(dtype, np.float32)  # not jnp's: strict promotion refuses float32 with 16 bits
+
+
 _KERNELS: dict[str, Kernel] = {}
 
 
-def register(kernel: Kernel) -> Kernel:
-    """Make a kernel known by name; also for kernels defined outside this package."""
-    _KERNELS[kernel.name] = kernel
+def register(kernel: Kernel, *, first: bool = False) -> Kernel:
+    """Make a kernel known by name; also for kernels defined outside this package.
+
+    ``auto`` asks kernels in the order in which they were registered; ``first`` puts this one before all others.
+    """
+    others = {name: other for name, other in _KERNELS.items() if name != kernel.name}
+    _KERNELS.clear()
+    _KERNELS.update({kernel.name: kernel, **others} if first else {**others, kernel.name: kernel})
     return kernel
 
 
@@ -84,3 +95,16 @@ def choose(request: Request, backend: str = "auto") -> tuple[Kernel, dict[str, s
         passed[kernel.name] = refusal.reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed.items())
     raise ValueError(f"no attention backend can serve this request ({reasons})")
+
+
+def explain(request: Request) -> str:
+    """One line per kernel: what ``auto`` picks for ``request``, and why the others refuse."""
+    lines, chosen = [], False
+    for kernel in _KERNELS.values():
+        refusal = kernel.supports(request)
+        if refusal is not None:
+            lines.append(f"{kernel.name}: refused, {refusal.reason}")
+        else:
+            lines.append(f"{kernel.name}: {'would serve' if chosen else 'chosen'}")
+            chosen = True
+    return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from sega_jax.attention.local.contract import Kernel, Refusal, Request
+from sega_jax.attention.local.contract import Kernel, Refusal, Request, accumulator
 
 LARGEST_SIDE = 4_096
 
@@ -30,7 +30,7 @@ def run(request: Request) -> tuple[jax.Array, jax.Array]:
     lse = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.exp(scores - jnp.where(jnp.isneginf(lse), 0.0, lse)[..., None])
     out = jnp.einsum("bqhk,bkhd->bqhd", weights, v.astype(wide), precision="highest")
-    return out.astype(q.dtype), lse.astype(jnp.promote_types(q.dtype, jnp.float32))
+    return out.astype(q.dtype), lse.astype(accumulator(q.dtype))
 
 
 KERNEL = Kernel("reference", supports, run)

@@ -1,0 +1,324 @@
+"""One suite for every attention kernel: float64 NumPy is the judge, shapes are drawn."""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sega_jax.attention import merge
+from sega_jax.attention.local import (
+    Kernel,
+    Refusal,
+    Request,
+    choose,
+    contract,
+    explain,
+    kernels,
+    reference,
+    register,
+    xla,
+)
+from sega_jax.layouts.blocks import from_blocks, from_mask
+
+BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+def oracle(q, k, v, scale, visible):
+    """Arrays [B, N, H, D], visible bool [B, 1, Nq, Nk] -> out, lse [B, Nq, H], all float64."""
+    q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    scores = np.where(visible, scores, -np.inf)
+    highest = scores.max(-1, keepdims=True)
+    highest = np.where(np.isneginf(highest), 0.0, highest)
+    weights = np.exp(scores - highest)
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / np.where(total == 0, 1.0, total)
+    with np.errstate(divide="ignore"):
+        lse = (highest + np.log(total))[..., 0].transpose(0, 2, 1)
+    return np.einsum("bhqk,bkhd->bqhd", weights, v), lse
+
+
+def oracle_gradients(q, k, v, scale, visible, d_out, d_lse):
+    """Cotangents of q, k, v of `oracle`, by the softmax's own derivative, in float64."""
+    q, k, v, d_out, d_lse = (np.asarray(x).astype(np.float64) for x in (q, k, v, d_out, d_lse))
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    scores = np.where(visible, scores, -np.inf)
+    highest = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isneginf(highest), 0.0, highest))
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / np.where(total == 0, 1.0, total)
+    dv = np.einsum("bhqk,bqhd->bkhd", weights, d_out)
+    slope = np.einsum("bqhd,bkhd->bhqk", d_out, v)
+    slope = weights * (slope - (weights * slope).sum(-1, keepdims=True) + d_lse.transpose(0, 2, 1)[..., None]) * scale
+    return np.einsum("bhqk,bkhd->bqhd", slope, k), np.einsum("bhqk,bqhd->bkhd", slope, q), dv
+
+
+@dataclass(frozen=True)
+class Case:
+    """A drawn request; the same numbers for every kernel."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    depth: int
+    width: int
+    dtype: str
+    large: bool
+    lengths: tuple[int, ...] | None
+    block: tuple[int, int] | None
+    seed: int
+
+    def request(self) -> tuple[Request, np.ndarray]:
+        """The request and its visibility, bool [B, 1, Nq, Nk]."""
+        rng = np.random.default_rng(self.seed)
+        shapes = ((self.queries, self.depth), (self.keys, self.depth), (self.keys, self.width))
+        q, k, v = (rng.standard_normal((self.batch, n, self.heads, d)) for n, d in shapes)
+        scale = self.depth**-0.5
+        if self.large:  # logits of some thousands that float32 holds exactly
+            q, k, scale = np.round(2 * q), np.round(2 * k), 64.0
+        visible = np.ones((self.batch, 1, self.queries, self.keys), bool)
+        length = None
+        if self.lengths is not None:
+            length = jnp.asarray(self.lengths, jnp.int32)
+            visible &= (np.arange(self.keys) < np.array(self.lengths)[:, None])[:, None, None, :]
+        blocks = None
+        if self.block is not None:
+            mask = self.mask(rng)
+            blocks = from_mask(mask, *self.block)
+            visible &= mask
+        dtype = jnp.dtype(self.dtype)
+        return Request(*(jnp.asarray(x, dtype) for x in (q, k, v)), scale, length, blocks), visible
+
+    def mask(self, rng) -> np.ndarray:
+        """Blocks that are whole, empty or partial; some query blocks see nothing."""
+        rows, columns = (-(-n // b) for n, b in zip((self.queries, self.keys), self.block, strict=True))
+        kind = rng.integers(0, 3, (rows, columns))
+        kind[rng.random(rows) < 0.2] = 0
+        bits = rng.random((2, *self.block)) < 0.5
+        blocks = np.where(
+            (kind == 1)[:, :, None, None], True, (kind == 2)[:, :, None, None] & bits[rng.integers(0, 2, kind.shape)]
+        )
+        full = blocks.transpose(0, 2, 1, 3).reshape(rows * self.block[0], columns * self.block[1])
+        return full[: self.queries, : self.keys]
+
+
+def cases(blocks=((8, 8), (16, 8), (8, 32)), longest=150, depths=(4, 8, 24), batches=(1, 2)):
+    """Strategy over `Case`: ragged lengths, single keys, empty rows, partial blocks, large logits."""
+
+    @st.composite
+    def draw(pick):
+        batch = pick(st.sampled_from(batches))
+        queries = pick(st.integers(1, longest))
+        keys = pick(st.one_of(st.just(1), st.integers(1, longest), st.integers(1, longest)))
+        depth = pick(st.sampled_from(depths))
+        lengths = pick(st.none() | st.tuples(*(st.integers(0, keys) for _ in range(batch))))
+        return Case(
+            batch=batch,
+            queries=queries,
+            keys=keys,
+            heads=pick(st.sampled_from((1, 3))),
+            depth=depth,
+            width=pick(st.sampled_from((depth, 8))),
+            dtype=pick(st.sampled_from(("float32", "bfloat16"))),
+            large=pick(st.booleans()),
+            lengths=lengths,
+            block=pick(st.none() | st.sampled_from(blocks)),
+            seed=pick(st.integers(0, 2**31)),
+        )
+
+    return draw()
+
+
+def check(out, lse, request: Request, visible) -> None:
+    """Errors relative to the largest value; rows without keys are 0 and -inf."""
+    bound = BOUND[request.q.dtype.name]
+    expected, expected_lse = oracle(request.q, request.k, request.v, request.scale, visible)
+    assert out.shape == expected.shape
+    assert out.dtype == request.q.dtype
+    assert lse.dtype == jnp.float32
+    out, lse = np.asarray(out).astype(np.float64), np.asarray(lse).astype(np.float64)
+    empty = np.isneginf(expected_lse)
+    np.testing.assert_array_equal(np.isneginf(lse), empty)
+    assert np.all(out[empty] == 0)
+    assert np.abs(out - expected).max() <= bound * np.abs(expected).max()
+    lse, expected_lse = (np.where(empty, 0.0, x) for x in (lse, expected_lse))
+    assert np.abs(lse - expected_lse).max() <= bound * max(1.0, np.abs(expected_lse).max())
+
+
+SMALL = replace(xla.CPU, scores=32 * 48, keys=48, fetch=24)  # several chunks of queries and keys at these sizes
+SMALL_TOGETHER = replace(xla.OTHER, scores=6 * 32 * 48, keys=48, fetch=16)
+RUNS = {  # kernels and how many shapes to draw; each backend sees at least 60 with its variants
+    "reference": (reference.run, 10),
+    "xla": (xla.run, 15),
+    "xla in small chunks": (lambda request: xla.run(request, SMALL), 30),
+    "xla, all heads together": (lambda request: xla.run(request, SMALL_TOGETHER), 15),
+}
+
+
+def compiled(run, request: Request):
+    return jax.jit(lambda q, k, v: run(replace(request, q=q, k=k, v=v)))(request.q, request.k, request.v)
+
+
+def over(strategy, draws: int, body) -> None:
+    """Run ``body`` on that many draws, the same ones every time."""
+    seen = []
+
+    @settings(
+        max_examples=draws, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(strategy)
+    def drawn(case):
+        seen.append(case)
+        body(case)
+
+    drawn()
+    assert len(seen) >= draws
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_forward(name, monkeypatch):
+    monkeypatch.setattr(xla, "ALIGN", 8)
+    run, draws = RUNS[name]
+
+    def body(case):
+        request, visible = case.request()
+        check(*compiled(run, request), request, visible)
+
+    over(cases(), draws, body)
+
+
+@pytest.mark.parametrize("plan", [SMALL, SMALL_TOGETHER], ids=["separate", "together"])
+def test_gradients(plan, monkeypatch):
+    """Cotangents through out and lse, against float64; a query without keys passes none on."""
+    monkeypatch.setattr(xla, "ALIGN", 8)
+
+    def body(case):
+        request, visible = case.request()
+        rng = np.random.default_rng(case.seed + 1)
+        d_out = jnp.asarray(rng.standard_normal((*request.q.shape[:3], case.width)), request.q.dtype)
+        d_lse = jnp.asarray(rng.standard_normal(request.q.shape[:3]), jnp.float32)
+
+        def pull(q, k, v):
+            _, back = jax.vjp(lambda *x: xla.run(replace(request, q=x[0], k=x[1], v=x[2]), plan), q, k, v)
+            return back((d_out, d_lse))
+
+        got = jax.jit(pull)(request.q, request.k, request.v)
+        expected = oracle_gradients(request.q, request.k, request.v, request.scale, visible, d_out, d_lse)
+        for mine, right in zip(got, expected, strict=True):
+            assert mine.dtype == request.q.dtype
+            bound = BOUND[case.dtype] * max(np.abs(x).max() for x in expected)
+            assert np.abs(np.asarray(mine).astype(np.float64) - right).max() <= 2 * bound
+
+    over(cases(longest=70).filter(lambda case: not case.large), 8, body)
+
+
+@pytest.mark.parametrize("name", ["reference", "xla"])
+def test_merge_of_splits(name):
+    """Attention over any split of the keys, merged, is attention over all of them; so are its gradients."""
+    run = kernels()[name].run
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 2, 8)), jnp.float32) for n in (30, 50, 50))
+    visible = np.ones((2, 1, 30, 50), bool)
+    visible[0, :, :, 20:] = False
+    for cuts in ((0, 17, 50), (0, 1, 2, 49, 50)):
+
+        def whole(q, k, v, cuts=cuts):
+            parts = []
+            for a, b in itertools.pairwise(cuts):
+                length = jnp.clip(jnp.array([20, 50]) - a, 0, b - a).astype(jnp.int32)
+                parts.append(run(Request(q, k[:, a:b], v[:, a:b], 0.3, length)))
+            result = parts[0]
+            for part in parts[1:]:
+                result = merge(result, part)
+            return result
+
+        out, lse = jax.jit(whole)(q, k, v)
+        check(out, lse, Request(q, k, v, 0.3), visible)
+    cotangents = np.ones(out.shape), np.ones(lse.shape)
+    expected = oracle_gradients(q, k, v, 0.3, visible, *cotangents)
+    got = jax.jit(lambda *x: jax.vjp(whole, *x)[1](tuple(jnp.asarray(c, jnp.float32) for c in cotangents)))(q, k, v)
+    for mine, right in zip(got, expected, strict=True):
+        np.testing.assert_allclose(mine, right, atol=1e-5 * np.abs(right).max())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("block", [None, 512])
+def test_memory_is_linear(backward, block):
+    """Compiled temporary memory grows with N, not with N^2, and stays below a byte per pair."""
+
+    def temporary(n):
+        blocks = None
+        if block:
+            band = np.abs(np.subtract.outer(np.arange(n // block), np.arange(n // block))) <= 1
+            blocks = from_blocks(np.where(band, 0, -1), np.zeros((0, block, block), bool), block, block)
+
+        def forward(q, k, v):
+            return xla.run(Request(q, k, v, 0.1, None, blocks))
+
+        def loss(*x):
+            out, lse = forward(*x)
+            return out.astype(jnp.float32).sum() + lse.sum()
+
+        x = jax.ShapeDtypeStruct((1, n, 2, 32), jnp.bfloat16)
+        run = jax.jit(jax.grad(loss, (0, 1, 2)) if backward else forward)
+        return run.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    four, eight, sixteen = (temporary(n) for n in (4_096, 8_192, 16_384))
+    assert sixteen < 16_384**2
+    assert sixteen - eight <= 2.2 * max(eight - four, 4_096 * 2 * 32 * 4)
+
+
+def test_reference_stops_where_the_score_matrix_gets_large():
+    x = jax.ShapeDtypeStruct((1, 4_097, 1, 8), jnp.float32)
+    assert "4096" in reference.supports(Request(x, x, x, 1.0)).reason
+    with pytest.raises(ValueError, match=r"'reference' cannot serve this request.*got 4097"):
+        choose(Request(x, x, x, 1.0), "reference")
+
+
+def test_negative_scale_and_float64():
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(rng.standard_normal((1, 9, 2, 4))) for _ in range(3))
+        out, lse = xla.run(Request(q, k, v, -0.7))
+        expected, expected_lse = oracle(q, k, v, -0.7, np.ones((1, 1, 9, 9), bool))
+        np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(lse, expected_lse, rtol=1e-12)
+
+
+def test_vmap_over_requests():
+    """A map over samples sees traced lengths per sample."""
+    rng = np.random.default_rng(4)
+    q, k, v = (jnp.asarray(rng.standard_normal((3, 1, 20, 2, 8)), jnp.float32) for _ in range(3))
+    lengths = jnp.array([[20], [3], [0]], jnp.int32)
+    out, lse = jax.vmap(lambda q, k, v, n: xla.run(Request(q, k, v, 0.4, n), SMALL))(q, k, v, lengths)
+    visible = (np.arange(20) < np.asarray(lengths))[:, None, None, :]
+    check(out[:, 0], lse[:, 0], Request(q[:, 0], k[:, 0], v[:, 0], 0.4), visible)
+
+
+def test_choice_is_explained(monkeypatch):
+    """A backend from outside is first asked, refuses with its reason, and serves what it accepts."""
+    monkeypatch.setattr(contract, "_KERNELS", dict(kernels()))
+    fussy = Kernel("fussy", lambda r: Refusal("it wants one head") if r.q.shape[2] > 1 else None, reference.run)
+    register(fussy, first=True)
+    x = jnp.zeros((1, 3, 2, 4))
+    chosen, passed = choose(Request(x, x, x, 1.0))
+    assert chosen.name == "xla"
+    assert passed["fussy"] == "it wants one head"
+    assert choose(Request(x[:, :, :1], x[:, :, :1], x[:, :, :1], 1.0))[0] is fussy
+    with pytest.raises(ValueError, match="attention backend 'fast' is unknown; known: auto, fussy"):
+        choose(Request(x, x, x, 1.0), "fast")
+    report = explain(Request(x, x, x, 1.0))
+    assert "fussy: refused, it wants one head" in report
+    assert "xla: chosen" in report
+
+
+def test_from_mask_round_trip():
+    rng = np.random.default_rng(5)
+    mask = rng.random((37, 50)) < 0.4
+    np.testing.assert_array_equal(from_mask(mask, 8, 16).dense(37, 50), mask)
