@@ -284,9 +284,7 @@ def convert(
     with open_checkpoint(source) as opened:
         checkpoint = merge(opened, merged, DTYPES[dtype] if dtype else None) if merged else opened
         if verify == "forward":
-            from converters import forward  # before any work, so that a missing torch is said at once
-
-            forward.require(checkpoint)
+            import converters.forward  # noqa: F401  before any work, so that a missing torch is said at once
         kind = DTYPES[dtype] if dtype else None
         if kind is None and any(DEQUANTISED_KEY in part.source.metadata for part in checkpoint.parts.values()):
             kind = DTYPES["bf16"]

@@ -194,7 +194,7 @@ FAMILIES: tuple[Family, ...] = (
             "bfl": "decoder.mid.block_1.conv1.weight",
         },
         "decoder.middle.before.conv1.kernel",
-        vae.rows,
+        lambda config, layout: vae.rows(config, layout),
         vae.dims,
         _infer_vae,
         "diffusion_pytorch_model",

@@ -62,6 +62,11 @@ def summary(report: Mapping[str, Any]) -> str:
             if found["nonfinite"]:
                 line += f", {len(found['nonfinite'])} with NaN or infinity"
             lines.append(line)
+        if ran := part.get("forward"):
+            lines.append(
+                f"    forward: {ran['blocks']} blocks compute the same "
+                f"(largest relative difference {ran['largest']:.2g}, bound {ran['bound']:g})"
+            )
     if "fingerprint" in report["source"]:
         lines.append(f"  fingerprint {report['source']['fingerprint']}")
     return "\n".join(lines)
