@@ -31,7 +31,7 @@ def published(module: nnx.Module, rows: Iterable[Row], dims: Dims) -> dict[str, 
     tensors = {}
     for tensor in expand(list(rows), dims):
         parts = [arrays[slot.path] if slot.index is None else arrays[slot.path][slot.index] for slot in tensor.slots]
-        tensors[tensor.source] = np.ascontiguousarray(tensor.assemble(parts))
+        tensors[tensor.source] = np.array(tensor.assemble(parts), order="C")
     return tensors
 
 
