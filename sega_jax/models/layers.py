@@ -70,7 +70,10 @@ class Linear(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """2-D convolution, NHWC x HWIO.  ``padding`` is one `(low, high)` pair used for both spatial axes."""
+    """2-D convolution, NHWC x HWIO.  ``padding`` is one `(low, high)` pair used for both spatial axes.
+
+    ``rows`` replaces it along the first of them, for strips that carry their neighbours' rows.
+    """
 
     def __init__(
         self,
@@ -89,12 +92,12 @@ class Conv(nnx.Module):
         self.stride = stride
         self.padding = padding
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, rows: tuple[int, int] | None = None) -> jax.Array:
         y = jax.lax.conv_general_dilated(
             x,
             self.kernel[...].astype(x.dtype),
             window_strides=(self.stride, self.stride),
-            padding=(self.padding, self.padding),
+            padding=(self.padding if rows is None else rows, self.padding),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return y + _along_last(self.bias, y)
@@ -185,10 +188,15 @@ class GroupNorm(nnx.Module):
             return jnp.broadcast_to(mean, groups).reshape(batch, 1, channels)
 
         y = x.astype(jnp.float32).reshape(batch, height * width, channels)
-        y = y - group_mean(y)
-        factor = jax.lax.rsqrt(group_mean(jnp.square(y)) + self.epsilon)
+        mean = group_mean(y)
+        factor = jax.lax.rsqrt(group_mean(jnp.square(y - mean)) + self.epsilon)
+        return self.normalize(y, mean, factor).reshape(x.shape).astype(x.dtype)
+
+    def normalize(self, x: jax.Array, mean: jax.Array, factor: jax.Array) -> jax.Array:
+        """``x`` [B, ..., C] under statistics f32 [B, 1..., C]: the mean and 1 / standard deviation of its group."""
+        y = x.astype(jnp.float32) - mean
         y = y * (factor * _along_last(self.scale, y)) + _along_last(self.bias, y)
-        return y.reshape(x.shape).astype(x.dtype)
+        return y.astype(x.dtype)
 
 
 def timestep_embedding(value: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:

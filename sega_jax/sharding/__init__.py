@@ -1,0 +1,1 @@
+"""Work on several devices, or on one that is too small: meshes and the exact decode."""
