@@ -97,3 +97,24 @@ def from_mask(mask: np.ndarray, block_q: int, block_k: int) -> BlockMap:
                 pattern[r, c] = known[key]
     patterns = np.stack(distinct) if distinct else np.zeros((0, block_q, block_k), bool)
     return from_blocks(pattern, patterns, block_q, block_k)
+
+
+def from_units(units: np.ndarray, unit_q: int, unit_k: int, block_q: int, block_k: int) -> BlockMap:
+    """A block map equal to a mask made of whole units, bool [Nq / unit_q, Nk / unit_k]; blocks are whole units.
+
+    Raises:
+        ValueError: ``block_q`` or ``block_k`` is no multiple of the unit.
+    """
+    if block_q % unit_q or block_k % unit_k:
+        raise ValueError(f"blocks of {block_q} x {block_k}: expected multiples of the unit {unit_q} x {unit_k}")
+    tall, wide = block_q // unit_q, block_k // unit_k
+    rows, columns = -(-units.shape[0] // tall), -(-units.shape[1] // wide)
+    padded = np.pad(units, ((0, rows * tall - units.shape[0]), (0, columns * wide - units.shape[1])))
+    blocks = padded.reshape(rows, tall, columns, wide).transpose(0, 2, 1, 3).reshape(rows, columns, tall * wide)
+    filled = blocks.sum(-1)
+    pattern = np.where(filled == 0, -1, 0)
+    edge = (filled > 0) & (filled < tall * wide)
+    distinct, number = np.unique(blocks[edge], axis=0, return_inverse=True)
+    pattern[edge] = 1 + number.reshape(-1)
+    patterns = distinct.reshape(-1, tall, wide).repeat(unit_q, 1).repeat(unit_k, 2)
+    return from_blocks(pattern, patterns, block_q, block_k)

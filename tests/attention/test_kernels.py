@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
 from sega_jax.attention import merge
 from sega_jax.attention.local import (
@@ -21,6 +23,7 @@ from sega_jax.attention.local import (
     kernels,
     reference,
     register,
+    tpu,
     xla,
 )
 from sega_jax.layouts.blocks import from_blocks, from_mask
@@ -108,7 +111,7 @@ class Case:
         return full[: self.queries, : self.keys]
 
 
-def cases(blocks=((8, 8), (16, 8), (8, 32)), longest=150, depths=(4, 8, 24), batches=(1, 2)):
+def cases(blocks=((8, 8), (16, 8), (8, 32)), longest=150, depths=(4, 8, 24), widths=(8, 24), batches=(1, 2)):
     """Strategy over `Case`: ragged lengths, single keys, empty rows, partial blocks, large logits."""
 
     @st.composite
@@ -124,7 +127,7 @@ def cases(blocks=((8, 8), (16, 8), (8, 32)), longest=150, depths=(4, 8, 24), bat
             keys=keys,
             heads=pick(st.sampled_from((1, 3))),
             depth=depth,
-            width=pick(st.sampled_from((depth, 8))),
+            width=pick(st.sampled_from(widths)),
             dtype=pick(st.sampled_from(("float32", "bfloat16"))),
             large=pick(st.booleans()),
             lengths=lengths,
@@ -153,11 +156,16 @@ def check(out, lse, request: Request, visible) -> None:
 
 SMALL = replace(xla.CPU, scores=32 * 48, keys=48, fetch=24)  # several chunks of queries and keys at these sizes
 SMALL_TOGETHER = replace(xla.OTHER, scores=6 * 32 * 48, keys=48, fetch=16)
-RUNS = {  # kernels and how many shapes to draw; each backend sees at least 60 with its variants
-    "reference": (reference.run, 10),
-    "xla": (xla.run, 15),
-    "xla in small chunks": (lambda request: xla.run(request, SMALL), 30),
-    "xla, all heads together": (lambda request: xla.run(request, SMALL_TOGETHER), 15),
+RUNS = {  # kernels and how many shapes to draw; compiling an interpreted kernel takes seconds, see the slow test
+    "reference": (reference.run, 10, {}),
+    "xla": (xla.run, 15, {}),
+    "xla in small chunks": (lambda request: xla.run(request, SMALL), 30, {}),
+    "xla, all heads together": (lambda request: xla.run(request, SMALL_TOGETHER), 15, {}),
+    "tpu, interpreted": (
+        lambda request: tpu.run(request, interpret=True, tile=(32, 48)),
+        8,
+        {"depths": (64, 128), "widths": (64, 128)},
+    ),
 }
 
 
@@ -184,13 +192,24 @@ def over(strategy, draws: int, body) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_forward(name, monkeypatch):
     monkeypatch.setattr(xla, "ALIGN", 8)
-    run, draws = RUNS[name]
+    run, draws, shapes = RUNS[name]
 
     def body(case):
         request, visible = case.request()
         check(*compiled(run, request), request, visible)
 
-    over(cases(), draws, body)
+    over(cases(**shapes), draws, body)
+
+
+@pytest.mark.slow
+def test_forward_of_the_tpu_kernel_on_sixty_shapes():
+    run, _, shapes = RUNS["tpu, interpreted"]
+
+    def body(case):
+        request, visible = case.request()
+        check(*compiled(run, request), request, visible)
+
+    over(cases(**shapes), 60, body)
 
 
 @pytest.mark.parametrize("plan", [SMALL, SMALL_TOGETHER], ids=["separate", "together"])
@@ -272,6 +291,49 @@ def test_memory_is_linear(backward, block):
     four, eight, sixteen = (temporary(n) for n in (4_096, 8_192, 16_384))
     assert sixteen < 16_384**2
     assert sixteen - eight <= 2.2 * max(eight - four, 4_096 * 2 * 32 * 4)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tpu_kernel_in_the_simulator(dtype, traced):
+    """The simulator fills what was never written with NaN, checks bounds and races; batch, lengths and patterns."""
+    case = Case(2, 70, 83, 2, 64, 64, dtype, False, (83, 40), (32, 16), 7)
+    request, visible = case.request()
+    params = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+
+    def run(q, k, v, blocks):
+        return tpu.run(replace(request, q=q, k=k, v=v, block_map=blocks), interpret=params)
+
+    if traced:
+        out, lse = jax.jit(run)(request.q, request.k, request.v, request.block_map)
+    else:
+        out, lse = jax.jit(partial(run, blocks=request.block_map))(request.q, request.k, request.v)
+    check(out, lse, request, visible)
+
+
+def test_gradient_of_the_tpu_kernel():
+    case = Case(2, 40, 50, 2, 64, 64, "float32", False, (50, 31), (16, 16), 8)
+    request, visible = case.request()
+    rng = np.random.default_rng(0)
+    cotangents = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 40, 2, 64), (2, 40, 2))]
+
+    def pull(q, k, v):
+        def run(*x):
+            return tpu.run(replace(request, q=x[0], k=x[1], v=x[2]), interpret=True)
+
+        return jax.vjp(run, q, k, v)[1](tuple(cotangents))
+
+    got = jax.jit(pull)(request.q, request.k, request.v)
+    expected = oracle_gradients(request.q, request.k, request.v, request.scale, visible, *cotangents)
+    for mine, right in zip(got, expected, strict=True):
+        assert np.abs(mine - right).max() <= 2e-5 * np.abs(right).max()
+
+
+def test_tpu_kernel_refuses_elsewhere_and_says_why():
+    x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+    assert "the default device is cpu" in tpu.supports(Request(x, x, x, 1.0)).reason
+    with pytest.raises(ValueError, match=r"head sizes \(64, 128\), got 96 for q"):
+        tpu.run(Request(jnp.zeros((1, 8, 1, 96)), jnp.zeros((1, 8, 1, 96)), jnp.zeros((1, 8, 1, 64)), 1.0))
 
 
 def test_reference_stops_where_the_score_matrix_gets_large():

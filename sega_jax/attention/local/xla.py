@@ -335,17 +335,38 @@ def _attention_backward(scale, true_keys, plan, residuals, cotangents):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
+def _plan() -> Plan:
+    return CPU if jax.default_backend() == "cpu" else OTHER
+
+
+def _padded(x: jax.Array, multiple: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), *((0, 0),) * (x.ndim - 2)))
+
+
+def backward(request: Request, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cotangents of q, k, v from those of any kernel's ``(out, lse)``; positive scales only."""
+    q, k, v, blocks = request.q, request.k, request.v, request.block_map
+    queries, keys = q.shape[1], k.shape[1]
+    asked = [q, out, lse, d_out, d_lse]
+    if blocks is not None:
+        asked = [_padded(x, blocks.block_q) for x in asked]
+        k, v = _padded(k, blocks.block_k), _padded(v, blocks.block_k)
+    q, out, lse, d_out, d_lse = asked
+    residuals = (q, k, v, request.kv_length, blocks, out, lse)
+    dq, dk, dv, *_ = _attention_backward(request.scale, keys, _plan(), residuals, (d_out, d_lse))
+    return dq[:, :queries], dk[:, :keys], dv[:, :keys]
+
+
 def run(request: Request, plan: Plan | None = None) -> tuple[jax.Array, jax.Array]:
     """Serve a request; the plan defaults to the one for the default device."""
-    if plan is None:
-        plan = CPU if jax.default_backend() == "cpu" else OTHER
+    plan = plan or _plan()
     q, k, v, scale, blocks = request.q, request.k, request.v, request.scale, request.block_map
     if not scale > 0:  # the running maximum is taken before scaling
         q, scale = (q.astype(accumulator(q.dtype)) * scale).astype(q.dtype), 1.0
     queries, keys = q.shape[1], k.shape[1]
     if blocks is not None:
-        q = jnp.pad(q, ((0, 0), (0, -queries % blocks.block_q), (0, 0), (0, 0)))
-        k, v = (jnp.pad(x, ((0, 0), (0, -keys % blocks.block_k), (0, 0), (0, 0))) for x in (k, v))
+        q = _padded(q, blocks.block_q)
+        k, v = _padded(k, blocks.block_k), _padded(v, blocks.block_k)
     out, lse = _attention(q, k, v, request.kv_length, blocks, scale, keys, plan)
     return out[:, :queries], lse[:, :queries]
 

@@ -1,0 +1,319 @@
+"""Flash attention for TPU (Pallas Mosaic): long non-causal sequences, dense or under a block map.
+
+A block map becomes a list of visits, one word each, which the scalar core reads ahead of the pipeline: blocks that
+are not visited cost nothing, neither loads nor arithmetic, and a long row (text that sees everything) costs its own
+visits only.  Lengths and patterns touch only the blocks on their edge.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from sega_jax.attention.local import xla
+from sega_jax.attention.local.contract import Kernel, Refusal, Request
+from sega_jax.layouts.blocks import BlockMap
+
+HEAD_SIZES = (64, 128)
+DENSE_TILE = (1_024, 1_024)  # queries and keys of a dense visit
+COMPUTE = 512  # keys whose scores are alive at once
+SCORES = 2**18  # of one visit of small blocks, by treating several heads in it
+MOST_VISITS = 192 * 1024  # one word each in the scalar memory of 1 MiB
+MOST_BLOCKS = 2**12
+NOTHING = 255  # pattern number of a row that visits no block
+HIDDEN = -0.7 * float(np.finfo(np.float32).max)
+LANES = 128
+
+
+def _shape_refusal(request: Request) -> Refusal | None:
+    q, v, blocks = request.q, request.v, request.block_map
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return Refusal(f"it takes bfloat16 and float32, got {q.dtype}")
+    for name, size in (("q", q.shape[-1]), ("v", v.shape[-1])):
+        if size not in HEAD_SIZES:
+            return Refusal(f"it takes head sizes {HEAD_SIZES}, got {size} for {name}")
+    if not request.scale > 0:
+        return Refusal(f"it takes positive scales, got {request.scale}")
+    if blocks is None:
+        return None
+    rows, width = blocks.columns.shape
+    if max(rows, -(-request.k.shape[1] // blocks.block_k)) > MOST_BLOCKS:
+        return Refusal(f"it counts at most {MOST_BLOCKS} blocks per side, got a map of {blocks.columns.shape}")
+    if len(blocks.patterns) >= NOTHING:
+        return Refusal(f"it holds fewer than {NOTHING} patterns, got {len(blocks.patterns)}")
+    if isinstance(blocks.count, jax.core.Tracer):
+        if rows * width > MOST_VISITS:
+            return Refusal(
+                f"a traced block map needs room for every slot, {rows} x {width} are more than {MOST_VISITS}; "
+                "ask with long rows (text) in a call of their own, or pass the map as a constant"
+            )
+    elif (visits := int(np.maximum(np.asarray(blocks.count), 1).sum())) > MOST_VISITS:
+        return Refusal(f"it lists at most {MOST_VISITS} visited blocks, got {visits}; take larger blocks")
+    return None
+
+
+def supports(request: Request) -> Refusal | None:
+    if jax.default_backend() != "tpu":
+        return Refusal(f"it runs on TPU, the default device is {jax.default_backend()}")
+    blocks = request.block_map
+    if blocks is not None and (blocks.block_q % LANES or blocks.block_k % 64):
+        return Refusal(
+            f"query blocks are multiples of {LANES} and key blocks of 64, got {blocks.block_q} and {blocks.block_k}"
+        )
+    return _shape_refusal(request)
+
+
+def _visit_list(blocks: BlockMap) -> tuple[jax.Array | np.ndarray, jax.Array | int]:
+    """One word per visit, ``row << 20 | column << 8 | pattern``, rows in order; and how many there are.
+
+    A row without blocks gets one visit that does nothing but write its zeros.
+    """
+    known = not isinstance(blocks.count, jax.core.Tracer)
+    np_or_jnp = np if known else jnp
+    count, columns, pattern = (np_or_jnp.asarray(x) for x in (blocks.count, blocks.columns, blocks.pattern))
+    rows, width = columns.shape
+    row, slot = np.arange(rows, dtype=np.uint32)[:, None], np.arange(width)[None, :]
+    pattern = np_or_jnp.where(slot < count[:, None], pattern, NOTHING).astype(np.uint32)
+    words = row << np.uint32(20) | columns.astype(np.uint32) << np.uint32(8) | pattern
+    real = slot < np_or_jnp.maximum(count, 1)[:, None]
+    if known:
+        words = words[real].view(np.int32)
+        return words, len(words)
+    order = jnp.argsort(~real.reshape(-1), stable=True)
+    return jax.lax.bitcast_convert_type(words.reshape(-1)[order], jnp.int32), real.sum().astype(jnp.int32)
+
+
+def _row(word):
+    return jax.lax.shift_right_logical(word, 20)
+
+
+def _column(word):
+    return jax.lax.shift_right_logical(word, 8) & 0xFFF
+
+
+def _body(locate, has_length, scale, heads, compute, words_ref, length_ref, q_ref, k_ref, v_ref, *rest):
+    """One visit: ``heads`` query blocks against their key blocks."""
+    pattern_ref, (out_ref, lse_ref, acc_ref, max_ref, sum_ref) = (None, rest) if len(rest) == 5 else (rest[0], rest[1:])
+    block_k = k_ref.shape[2]
+    column, pattern, first, last = locate(words_ref, length_ref)
+    length = length_ref[pl.program_id(0)]
+    start = column * block_k
+
+    @pl.when(first)
+    def _():
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+        max_ref[...] = jnp.full_like(max_ref, HIDDEN)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    def visit(edge: bool, partial_block: bool):
+        precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
+        for h in range(heads):
+            for c in range(0, block_k, compute):
+                part = pl.ds(c, compute)
+                v = v_ref[0, h, part, :]
+                scores = jax.lax.dot_general(
+                    q_ref[0, h],
+                    k_ref[0, h, part, :],
+                    (((1,), (1,)), ((), ())),
+                    precision=precision,
+                    preferred_element_type=jnp.float32,
+                )
+                seen = None
+                if edge:
+                    seen = start + c + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) < length
+                    # what lies behind the last key may be anything, also NaN
+                    v = jnp.where(start + c + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < length, v, 0)
+                if partial_block:
+                    drawn = pattern_ref[0, :, part].astype(jnp.int32) != 0
+                    seen = drawn if seen is None else seen & drawn
+                if seen is not None:
+                    scores = jnp.where(seen, scores, HIDDEN)
+                old = max_ref[h]
+                new = jnp.maximum(old, scores.max(1, keepdims=True))
+                weights = jnp.exp2((scores - new[:, :1]) * (scale / math.log(2.0)))
+                if seen is not None:
+                    weights = jnp.where(seen, weights, 0.0)
+                keep = jnp.exp2((old - new) * (scale / math.log(2.0)))
+                max_ref[h] = new
+                sum_ref[h] = sum_ref[h] * keep + weights.sum(1, keepdims=True)
+                acc_ref[h] = acc_ref[h] * keep[:, :1] + jax.lax.dot_general(
+                    weights.astype(v.dtype),
+                    v,
+                    (((1,), (0,)), ((), ())),
+                    precision=precision,
+                    preferred_element_type=jnp.float32,
+                )
+
+    useful = (start < length) & (pattern != NOTHING)
+    ragged = start + block_k > length
+    kinds = [(False, False), (True, False)] if has_length else [(False, False)]
+    if pattern_ref is not None:
+        kinds += [(has_length, True)]
+    for edge, partial_block in kinds:
+        condition = useful
+        if has_length and not partial_block:
+            condition &= ragged if edge else ~ragged
+        if pattern_ref is not None:
+            condition &= (pattern != 0) if partial_block else (pattern == 0)
+        pl.when(condition)(partial(visit, edge, partial_block))
+
+    @pl.when(last)
+    def _():
+        for h in range(heads):
+            total = sum_ref[h]
+            safe = jnp.where(total == 0, 1.0, total)
+            out_ref[0, h] = (acc_ref[h] / safe[:, :1]).astype(out_ref.dtype)
+            lse = jnp.where(total == 0, -jnp.inf, max_ref[h] * scale + jnp.log(safe))
+            lse_ref[0, h] = lse.T[:1]
+
+
+def _heads_together(heads: int, scores: int) -> int:
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * scores <= SCORES))
+
+
+def _forward(q, k, v, lengths, blocks: BlockMap | None, scale: float, interpret, tile: tuple[int, int]):
+    batch, queries, heads, depth = q.shape
+    keys, width = k.shape[1], v.shape[-1]
+    block_q, block_k = tile if blocks is None else (blocks.block_q, blocks.block_k)
+    has_length = lengths is not None or keys % block_k != 0
+    lengths = jnp.full((batch,), keys, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    together = _heads_together(heads, block_q * block_k)
+    rows, columns = -(-queries // block_q), -(-keys // block_k)
+
+    if blocks is None:
+        words = np.zeros((1,), np.int32)
+        grid = (batch, heads // together, rows, columns)
+
+        def row_of(b, h, i, j, words, lengths):
+            del j, words, lengths
+            return b, h, i, 0
+
+        def column_of(b, h, i, j, words, lengths):
+            del i, words
+            return b, h, jnp.minimum(j, jnp.maximum(pl.cdiv(lengths[b], block_k) - 1, 0)), 0
+
+        def lse_of(b, h, i, j, words, lengths):
+            del j, words, lengths
+            return b, h, 0, i
+
+        def locate(words_ref, length_ref):
+            del words_ref, length_ref
+            j = pl.program_id(3)
+            return j, 0, j == 0, j == columns - 1
+    else:
+        words, total = _visit_list(blocks)
+        grid = (batch, heads // together, total)
+
+        def row_of(b, h, t, words, lengths):
+            del lengths
+            return b, h, _row(words[t]), 0
+
+        def column_of(b, h, t, words, lengths):
+            del lengths
+            return b, h, _column(words[t]), 0
+
+        def lse_of(b, h, t, words, lengths):
+            del lengths
+            return b, h, 0, _row(words[t])
+
+        def locate(words_ref, length_ref):
+            del length_ref
+            t, end = pl.program_id(2), pl.num_programs(2) - 1
+            word = words_ref[t]
+            first = (t == 0) | (_row(words_ref[jnp.maximum(t - 1, 0)]) != _row(word))
+            last = (t == end) | (_row(words_ref[jnp.minimum(t + 1, end)]) != _row(word))
+            return _column(word), word & 0xFF, first, last
+
+    operands = [x.swapaxes(1, 2) for x in (q, k, v)]
+    in_specs = [
+        pl.BlockSpec((1, together, block_q, depth), row_of),
+        pl.BlockSpec((1, together, block_k, depth), column_of),
+        pl.BlockSpec((1, together, block_k, width), column_of),
+    ]
+    if blocks is not None and len(blocks.patterns):
+
+        def pattern_of(b, h, t, words, lengths):
+            del b, h, lengths
+            kind = words[t] & 0xFF
+            return jnp.where((kind == 0) | (kind == NOTHING), 0, kind - 1), 0, 0
+
+        operands.append(jnp.asarray(blocks.patterns).astype(jnp.int8))
+        in_specs.append(pl.BlockSpec((1, block_q, block_k), pattern_of))
+
+    pairs = rows * columns if blocks is None else len(words)
+    compute = COMPUTE if block_k % COMPUTE == 0 else block_k
+    out, lse = pl.pallas_call(
+        partial(_body, locate, has_length, scale, together, compute),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=[
+                pl.BlockSpec((1, together, block_q, width), row_of),
+                pl.BlockSpec((1, together, 1, block_q), lse_of),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((together, block_q, width), jnp.float32),
+                pltpu.VMEM((together, block_q, LANES), jnp.float32),
+                pltpu.VMEM((together, block_q, LANES), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, queries, width), q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", *("arbitrary",) * (len(grid) - 2))
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * batch * heads * pairs * block_q * block_k * (depth + width),
+            transcendentals=batch * heads * pairs * block_q * block_k,
+            bytes_accessed=batch * heads * pairs * block_k * (depth + width) * q.dtype.itemsize
+            + 2 * q.size * q.dtype.itemsize,
+        ),
+        interpret=interpret,
+        name="attention_sparse" if blocks is not None else "attention_dense",
+    )(jnp.asarray(words), lengths, *operands)
+    return out.swapaxes(1, 2), lse[:, :, 0].swapaxes(1, 2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attention(q, k, v, lengths, blocks, scale, interpret, tile):
+    return _forward(q, k, v, lengths, blocks, scale, interpret, tile)
+
+
+def _attention_forward(q, k, v, lengths, blocks, scale, interpret, tile):
+    out, lse = _forward(q, k, v, lengths, blocks, scale, interpret, tile)
+    return (out, lse), (q, k, v, lengths, blocks, out, lse)
+
+
+def _attention_backward(scale, interpret, tile, residuals, cotangents):
+    del interpret, tile
+    q, k, v, lengths, blocks, out, lse = residuals
+    return *xla.backward(Request(q, k, v, scale, lengths, blocks), out, lse, *cotangents), None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def run(request: Request, interpret=False, tile: tuple[int, int] = DENSE_TILE) -> tuple[jax.Array, jax.Array]:
+    """Serve a request; the backward pass is the chunked one of `xla`.
+
+    Args:
+        interpret: as of ``pallas_call``, to run on a CPU.
+        tile: queries and keys of a dense visit.
+    """
+    refusal = _shape_refusal(request)
+    if refusal is not None:
+        raise ValueError(f"attention kernel for TPU: {refusal.reason}")
+    r = request
+    return _attention(r.q, r.k, r.v, r.kv_length, r.block_map, r.scale, interpret, tile)
+
+
+KERNEL = Kernel("tpu", supports, run)
