@@ -19,10 +19,12 @@ from sega_jax.attention.local import (
     Request,
     choose,
     contract,
+    cudnn,
     explain,
     kernels,
     reference,
     register,
+    splash,
     tpu,
     xla,
 )
@@ -329,9 +331,61 @@ def test_gradient_of_the_tpu_kernel():
         assert np.abs(mine - right).max() <= 2e-5 * np.abs(right).max()
 
 
-def test_tpu_kernel_refuses_elsewhere_and_says_why():
+@pytest.mark.parametrize("lengths", [None, (200, 31)])
+def test_splash_interpreted(lengths):
+    """Ragged tiles and lengths; its float32 products run at the accuracy of the device, here full."""
+    case = Case(2, 150, 200, 2, 64, 128, "float32", False, lengths, None, 9)
+    request, visible = case.request()
+    out, lse = compiled(partial(splash.run, interpret=True), request)
+    check(out, lse, request, visible)
+
+
+def test_splash_without_keys():
+    x = jnp.ones((1, 128, 1, 64))
+    request = Request(x, x, x, 1.0, jnp.zeros((1,), jnp.int32))
+    check(*compiled(partial(splash.run, interpret=True), request), request, np.zeros((1, 1, 128, 128), bool))
+
+
+@pytest.mark.parametrize("lengths", [None, (16, 0)])
+def test_cudnn_adapter_asks_for_what_the_contract_says(lengths, monkeypatch):
+    """No GPU: cuDNN is replaced by float64 NumPy, so that only our part is tested."""
+    case = Case(2, 24, 16, 3, 32, 32, "bfloat16", False, lengths, None, 10)
+    request, visible = case.request()
+
+    def stand_in(q, k, v, *, scale, return_residual, q_seqlen=None, kv_seqlen=None, mask_type=None):
+        assert return_residual
+        seen = np.ones((2, 1, 24, 16), bool)
+        if kv_seqlen is not None:
+            assert q_seqlen.tolist() == [24, 24]
+            assert mask_type is cudnn.fused.MaskType.PADDING
+            seen = seen & (np.arange(16) < np.asarray(kv_seqlen)[:, None])[:, None, None, :]
+        out, lse = oracle(q, k, v, scale, seen)
+        return jnp.asarray(out, q.dtype), jnp.asarray(lse.transpose(0, 2, 1), jnp.float32)
+
+    monkeypatch.setattr(cudnn.fused, "dot_product_attention", stand_in)
+    check(*cudnn._forward(request), request, visible)
+
+
+def test_cudnn_gives_shapes_and_dtypes_of_the_contract(monkeypatch):
+    """Its own shape rule, traced without a GPU: out as q, lse float32 before any rounding."""
+    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91_100)
+    x = jax.ShapeDtypeStruct((2, 256, 3, 128), jnp.bfloat16)
+    length = jax.ShapeDtypeStruct((2,), jnp.int32)
+    out, lse = jax.eval_shape(lambda q, n: cudnn.run(Request(q, q, q, 0.1, n)), x, length)
+    assert (out.shape, out.dtype) == (x.shape, x.dtype)
+    assert (lse.shape, lse.dtype) == ((2, 256, 3), jnp.float32)
+
+
+def test_device_kernels_refuse_elsewhere_and_say_why():
     x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
-    assert "the default device is cpu" in tpu.supports(Request(x, x, x, 1.0)).reason
+    report = explain(Request(x, x, x, 1.0)).splitlines()
+    assert report == [
+        "cudnn: refused, it runs on NVIDIA GPUs, the default device is cpu",
+        "splash: refused, it runs on TPU, the default device is cpu",
+        "tpu: refused, it runs on TPU, the default device is cpu",
+        "xla: chosen",
+        "reference: would serve",
+    ]
     with pytest.raises(ValueError, match=r"head sizes \(64, 128\), got 96 for q"):
         tpu.run(Request(jnp.zeros((1, 8, 1, 96)), jnp.zeros((1, 8, 1, 96)), jnp.zeros((1, 8, 1, 64)), 1.0))
 

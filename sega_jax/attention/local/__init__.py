@@ -1,10 +1,10 @@
 """Attention kernels on one device, behind one contract."""
 
-from sega_jax.attention.local import reference, tpu, xla
+from sega_jax.attention.local import cudnn, reference, splash, tpu, xla
 from sega_jax.attention.local.contract import Kernel, Refusal, Request, choose, explain, kernels, register
 
-register(tpu.KERNEL)
-register(xla.KERNEL)
-register(reference.KERNEL)
+# the order in which `auto` asks: dense calls go to the vendors' kernels, block maps to ours
+for kernel in (cudnn.KERNEL, splash.KERNEL, tpu.KERNEL, xla.KERNEL, reference.KERNEL):
+    register(kernel)
 
 __all__ = ["Kernel", "Refusal", "Request", "choose", "explain", "kernels", "register"]

@@ -283,25 +283,6 @@ def _forward(q, k, v, lengths, blocks: BlockMap | None, scale: float, interpret,
     return out.swapaxes(1, 2), lse[:, :, 0].swapaxes(1, 2)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, lengths, blocks, scale, interpret, tile):
-    return _forward(q, k, v, lengths, blocks, scale, interpret, tile)
-
-
-def _attention_forward(q, k, v, lengths, blocks, scale, interpret, tile):
-    out, lse = _forward(q, k, v, lengths, blocks, scale, interpret, tile)
-    return (out, lse), (q, k, v, lengths, blocks, out, lse)
-
-
-def _attention_backward(scale, interpret, tile, residuals, cotangents):
-    del interpret, tile
-    q, k, v, lengths, blocks, out, lse = residuals
-    return *xla.backward(Request(q, k, v, scale, lengths, blocks), out, lse, *cotangents), None, None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
 def run(request: Request, interpret=False, tile: tuple[int, int] = DENSE_TILE) -> tuple[jax.Array, jax.Array]:
     """Serve a request; the backward pass is the chunked one of `xla`.
 
@@ -312,8 +293,11 @@ def run(request: Request, interpret=False, tile: tuple[int, int] = DENSE_TILE) -
     refusal = _shape_refusal(request)
     if refusal is not None:
         raise ValueError(f"attention kernel for TPU: {refusal.reason}")
-    r = request
-    return _attention(r.q, r.k, r.v, r.kv_length, r.block_map, r.scale, interpret, tile)
+
+    def forward(r: Request):
+        return _forward(r.q, r.k, r.v, r.kv_length, r.block_map, r.scale, interpret, tile)
+
+    return xla.with_backward(forward)(request)
 
 
 KERNEL = Kernel("tpu", supports, run)

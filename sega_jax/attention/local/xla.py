@@ -357,6 +357,32 @@ def backward(request: Request, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.A
     return dq[:, :queries], dk[:, :keys], dv[:, :keys]
 
 
+def with_backward(forward: Callable) -> Callable:
+    """``forward(request) -> (out, lse)`` of any kernel, made differentiable by `backward`.
+
+    Unlike the backward passes that come with such kernels it honours the cotangent of lse, which `merge` needs.
+    """
+
+    def run(request: Request):
+        @jax.custom_vjp
+        def attention(q, k, v, lengths, blocks):
+            return forward(Request(q, k, v, request.scale, lengths, blocks))
+
+        def attention_forward(*arguments):
+            results = attention(*arguments)
+            return results, (arguments, results)
+
+        def attention_backward(residuals, cotangents):
+            (q, k, v, lengths, blocks), results = residuals
+            asked = Request(q, k, v, request.scale, lengths, blocks)
+            return *backward(asked, *results, *cotangents), None, None
+
+        attention.defvjp(attention_forward, attention_backward)
+        return attention(request.q, request.k, request.v, request.kv_length, request.block_map)
+
+    return run
+
+
 def run(request: Request, plan: Plan | None = None) -> tuple[jax.Array, jax.Array]:
     """Serve a request; the plan defaults to the one for the default device."""
     plan = plan or _plan()
