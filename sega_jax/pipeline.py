@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,11 @@ from sega_jax.planning import Plan, get_layout
 from sega_jax.planning import plan as make_plan
 from sega_jax.sampling.denoise import Conditioning, Velocity, add_noise, euler, initial_noise
 from sega_jax.sampling.schedule import MuPolicy, start_index
+from sega_jax.sharding.strips import decode_strips
 
 logger = logging.getLogger(__name__)
 
-VaeMode = Literal["auto", "plain", "tiled"]
+VaeMode = Literal["auto", "plain", "exact", "tiled"]
 PLAIN_DECODE_BYTES = 6 * 2**30  # the plain decode is chosen while its largest activations stay below this
 TILE = 128  # latent pixels per side of a decoder tile, a quarter of it shared with the neighbour
 
@@ -69,27 +70,33 @@ def decode_with(
         config: its configuration.
         latents: one picture at a time is on the device.
         dtype: of activations.
-        mode: ``"plain"``, ``"tiled"`` (tiles of 128 latent pixels, a quarter shared with the neighbour, linear
-            cross-fade: an approximation), or ``"auto"``: plain while it fits comfortably.
+        mode: ``"plain"``; ``"exact"``, the same in strips of rows, with activations on the host in between;
+            ``"tiled"`` (tiles of 128 latent pixels, a quarter shared with the neighbour, linear cross-fade: an
+            approximation); or ``"auto"``: plain while it fits comfortably, else exact.
 
     Raises:
         ValueError: for another mode.
     """
-    if mode not in ("auto", "plain", "tiled"):
-        raise ValueError(f"vae={mode!r}: expected 'auto', 'plain' or 'tiled'")
+    if mode not in get_args(VaeMode):
+        raise ValueError(f"vae={mode!r}: expected one of {', '.join(get_args(VaeMode))}")
     latents = np.asarray(latents, np.float32)
     pixels = latents.shape[1] * latents.shape[2] * config.factor**2
     largest = 3 * pixels * config.block_out_channels[min(1, len(config.block_out_channels) - 1)]
     size = largest * jnp.dtype(dtype).itemsize
-    tiled = mode == "tiled" or (mode == "auto" and size > PLAIN_DECODE_BYTES)
-    if tiled and mode == "auto":
-        logger.info("decoding in tiles: the plain decode would hold about %.1f GB of activations", size / 1e9)
-    run = partial(decode_latents, graphdef=vae.graphdef, config=config, dtype=dtype)
-    decoded = [
-        decode_tiled(lambda z: run(vae.params, z), one, tile=TILE) if tiled else np.asarray(run(vae.params, one))
-        for one in np.split(latents, len(latents))
-    ]
-    return np.concatenate(decoded)
+    if mode == "auto" and size > PLAIN_DECODE_BYTES:
+        logger.info("decoding in strips: the plain decode would hold about %.1f GB of activations", size / 1e9)
+        mode = "exact"
+    run = partial(decode_latents, vae.params, graphdef=vae.graphdef, config=config, dtype=dtype)
+    if mode == "exact":
+        module = nnx.merge(vae.graphdef, vae.params)
+
+        def decode(one: np.ndarray) -> np.ndarray:
+            return decode_strips(module, denormalize(config, one).astype(dtype)).astype(np.float32)
+    elif mode == "tiled":
+        decode = partial(decode_tiled, run, tile=TILE)
+    else:
+        decode = run
+    return np.concatenate([np.asarray(decode(one)) for one in np.split(latents, len(latents))])
 
 
 @partial(jax.jit, static_argnames=("graphdef", "dtype"))

@@ -24,8 +24,8 @@ class Decode(ModelOptions):
     """File of latents [images, C, H, W]."""
     out: Annotated[str | None, option("FILE", "the name the run would have used, beside the latents")] = None
     """.png, .webp or .jpg; of several pictures, a number is appended."""
-    vae: Annotated[Literal["auto", "plain", "tiled"] | None, option("MODE", "the run's, else auto")] = None
-    """How to decode: auto, plain or tiled."""
+    vae: Annotated[Literal["auto", "plain", "exact", "tiled"] | None, option("MODE", "the run's, else auto")] = None
+    """How to decode: auto, plain, exact (strips of rows, least device memory without loss) or tiled (approximate)."""
     overwrite: Annotated[bool, option("", "off")] = False
     """Replace files of these names."""
     json: Annotated[bool, option("", "off")] = False

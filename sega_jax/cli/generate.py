@@ -69,8 +69,10 @@ class Generate(ModelOptions):
     """Initial noise instead of the seed's: a tensor `latents` [images, C, H, W] as torch writes it."""
     save_latents: Annotated[str | None, option("FILE.safetensors", "removed once decoded")] = None
     """Keep the final latents here; a pattern as --out.  Readable by torch."""
-    vae: Annotated[Literal["auto", "plain", "tiled"] | None, option("MODE", "auto: plain while it fits")] = None
-    """How to decode: auto, plain or tiled."""
+    vae: Annotated[
+        Literal["auto", "plain", "exact", "tiled"] | None, option("MODE", "auto: plain while it fits, else exact")
+    ] = None
+    """How to decode: auto, plain, exact (strips of rows, least device memory without loss) or tiled (approximate)."""
     out: Annotated[str | None, option("FILE", "out.png; STEM-repeat.png with --from-image")] = None
     """.png, .webp or .jpg.  Fields {seed} {index} {row} {width} {height} {prompt_slug} are filled in; for several
     pictures and no field, a number is appended."""

@@ -215,8 +215,8 @@ def check(request: Request) -> None:
             raise ValueError(f"strength={request.strength}: expected a number above 0 and at most 1")
     if request.init_image is not None and request.init_latents is not None:
         raise ValueError("init_image and init_latents are both given; a run starts from one of them")
-    if request.vae not in ("auto", "plain", "tiled"):
-        raise ValueError(f"vae={request.vae!r}: expected auto, plain or tiled")
+    if request.vae not in ("auto", "plain", "exact", "tiled"):
+        raise ValueError(f"vae={request.vae!r}: expected auto, plain, exact or tiled")
     if request.positional != "auto":
         pe.get(request.positional)
     get_layout(request.layout)
