@@ -17,9 +17,10 @@ import numpy as np
 from converters.components import Checkpoint, Part, open_checkpoint, slot_name
 from converters.errors import CheckpointError
 from converters.keymap import Slot
-from converters.sources import bits, is_float
+from converters.sources import is_float
 from converters.stream import Progress, all_finite, blocks, contiguous, default_workers, in_parallel
 
+_BLOCK = 1 << 20  # bytes compared at a time: small enough to stay in the cache while they are hashed
 # Largest relative error of rounding to nearest, and half the smallest step near zero.
 _ROUNDING = {"bfloat16": (2.0**-8, 2.0**-134), "float16": (2.0**-11, 2.0**-25), "float32": (2.0**-24, 2.0**-150)}
 
@@ -70,6 +71,13 @@ def _hash(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def _same_bits(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether two contiguous arrays of one type hold the same bytes; by eights, which is fastest."""
+    x, y = x.view(np.uint8), y.view(np.uint8)
+    even = x.size & ~7
+    return np.array_equal(x[:even].view(np.uint64), y[:even].view(np.uint64)) and np.array_equal(x[even:], y[even:])
+
+
 def _rounding_error(source: np.ndarray, output: np.ndarray) -> tuple[float, bool]:
     """Largest relative error of a block, and whether every value lies within the rounding bound of its type."""
     relative, tiny = _ROUNDING[output.dtype.name]
@@ -95,14 +103,14 @@ def _compare(a: np.ndarray, b: np.ndarray, name: str, findings: Findings, lock: 
     flat = a.flags.c_contiguous and b.flags.c_contiguous
     a, b = (a.reshape(-1), b.reshape(-1)) if flat else (np.atleast_1d(a), np.atleast_1d(b))
     if a.size:
-        rows = max(1, (4 << 20) // (a.nbytes // a.shape[0]))
+        rows = max(1, _BLOCK // (a.nbytes // a.shape[0]))
         for start in range(0, a.shape[0], rows):
             x = contiguous(a[start : start + rows]).reshape(-1)
             y = contiguous(b[start : start + rows]).reshape(-1)
             digest.update(x.view(np.uint8))
             finite &= all_finite(x)
             if same_type:
-                equal &= np.array_equal(bits(x), bits(y))
+                equal &= _same_bits(x, y)
             elif is_float(b.dtype) and b.dtype.name in _ROUNDING:
                 error, fits = _rounding_error(x, y)
                 largest, within = max(largest, error), within and fits
