@@ -6,10 +6,13 @@ prompt is found to contain it.  transformers and `sega_jax.models.tokenize` read
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from sega_jax.nano import grammar
 
@@ -77,18 +80,33 @@ def _added(token: str) -> dict[str, object]:
     }
 
 
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make every word one token: the most frequent pair first, ties by spelling.
+
+    The trainer of the tokenizers library breaks ties by hash order, so its ids change from run to run.
+    """
+    split = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while True:
+        counts = Counter(pair for symbols in split for pair in itertools.pairwise(symbols))
+        if not counts:
+            return merges
+        left, right = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append((left, right))
+        for symbols in split:
+            at = 0
+            while at < len(symbols) - 1:
+                if (symbols[at], symbols[at + 1]) == (left, right):
+                    symbols[at : at + 2] = [left + right]
+                at += 1
+
+
+@functools.cache
 def clip_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of the CLIP tokeniser: bytes, bytes that end a word, merges up to whole words."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-    )
-    learner.train_from_iterator([" ".join(grammar.words())], trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    merges = _merges(grammar.words())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
-    tokens = list(dict.fromkeys(tokens))
     return {token: i for i, token in enumerate([*tokens, *_CLIP_SPECIAL])}, merges
 
 

@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import numpy as np
 
+from sega_jax import nano
 from sega_jax.models.tokenize import load_clip_tokenizer, load_t5_tokenizer
 from sega_jax.nano import grammar, vocabulary
 
@@ -31,3 +34,12 @@ def test_capitals_share_the_row_of_their_word():
     capitalised, lower = vocabulary.t5_aliases()
     assert [pieces[i].lower() for i in capitalised] == [pieces[i] for i in lower]
     assert len(set(pieces)) == len(pieces)
+
+
+def test_the_embedded_checkpoint_has_these_vocabularies(tmp_path):
+    """The ids are part of the trained weights: a change of the grammar or of the merges needs new training."""
+    embedded = Path(nano.__file__).parent / "checkpoint"
+    vocabulary.write_clip(tmp_path / "tokenizer")
+    vocabulary.write_t5(tmp_path / "tokenizer_2")
+    for file in ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/tokenizer.json"):
+        assert (embedded / file).read_text() == (tmp_path / file).read_text(), file
