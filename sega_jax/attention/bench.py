@@ -1,0 +1,246 @@
+"""Measuring attention kernels against each other and against a large matrix product, in one process.
+
+All contestants of a case are compiled first and then timed in turn, round after round; the fastest round counts,
+so that other load on the machine hurts everyone alike.  On CPU the seconds of processor time are given as well:
+they do not depend on what else runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sega_jax.attention.local import Request, choose, kernels
+from sega_jax.layouts.windows import block_map
+
+PATTERNS = ("dense", "scale-dit-k", "scale-dit-p", "scalediff")
+NATIVE = 64  # tokens per side of a ScaleDiff window's keys; its queries are half as wide
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention to measure: ``pixels`` per side at 16 pixels per token, plus text."""
+
+    pattern: str
+    pixels: int
+    text: int = 512
+    heads: int = 24
+    depth: int = 128
+    dtype: str = "bfloat16"
+    block: tuple[int, int] = (128, 128)
+
+    def __post_init__(self):
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern {self.pattern!r} is unknown; known: {', '.join(PATTERNS)}")
+        if self.pixels < 256 or self.pixels % 256:
+            raise ValueError(f"pixels={self.pixels}: expected a positive multiple of 256")
+
+    def request(self, seed: int = 0) -> tuple[Request, float]:
+        """Random normal operands, and the number of (query, key) pairs that the kernel must evaluate."""
+        side = self.pixels // 16
+        batch, blocks = 1, None
+        queries = keys = side**2 + self.text
+        pairs = float(queries) * keys
+        if self.pattern == "scalediff":
+            batch = max(1, 2 * side // NATIVE) ** 2
+            queries, keys = (NATIVE // 2) ** 2 + self.text, min(side, NATIVE) ** 2 + self.text
+            pairs = float(batch) * queries * keys
+        elif self.pattern != "dense":
+            mask = "kernel" if self.pattern == "scale-dit-k" else "paper"
+            blocks = block_map(side, side, self.text, mask, *self.block)
+            queries = keys = queries + side**2 // 16
+            pairs = float(blocks.visited) * self.block[0] * self.block[1]
+        keyring = jax.random.split(jax.random.key(seed), 3)
+        q, k, v = (
+            jax.random.normal(key, (batch, n, self.heads, self.depth), jnp.float32).astype(self.dtype)
+            for key, n in zip(keyring, (queries, keys, keys), strict=True)
+        )
+        return Request(q, k, v, self.depth**-0.5, None, blocks), pairs
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one contestant did in one case; rates in TFLOP/s, ``error`` relative to float64 on sampled rows."""
+
+    case: Case
+    backend: str
+    seconds: float
+    processor_seconds: float
+    teraflops: float
+    of_matmul: float
+    occupancy: float
+    temporary_bytes: int | None
+    error: float
+    speed_against: dict[str, float] = field(default_factory=dict)
+    processor_against: dict[str, float] = field(default_factory=dict)
+
+
+def _torch_attention(request: Request) -> Callable[[], object] | None:
+    """PyTorch's kernel on the same numbers, where it is installed and the device is a CPU."""
+    if jax.default_backend() != "cpu" or request.block_map is not None:
+        return None
+    try:
+        import torch
+    except ImportError:
+        return None
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    kind = getattr(torch, request.q.dtype.name)
+    q, k, v = (
+        torch.from_numpy(np.array(x, np.float32)).to(kind).transpose(1, 2).contiguous()
+        for x in (request.q, request.k, request.v)
+    )
+
+    def run():
+        with torch.no_grad():
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=request.scale)
+
+    return run
+
+
+def _error(request: Request, out, rows: int = 16) -> float:
+    """Largest error on a few query rows of the first sample and head, over the largest value there."""
+    q, k, v = (np.asarray(x[0, :, 0], np.float64) for x in (request.q, request.k, request.v))
+    picked = np.linspace(0, len(q) - 1, rows).astype(int)
+    scores = q[picked] @ k.T * request.scale
+    if request.block_map is not None:
+        b = request.block_map
+        for n, row in enumerate(picked // b.block_q):
+            seen = np.zeros(-(-len(k) // b.block_k) * b.block_k, bool)
+            for c, kind in zip(
+                np.asarray(b.columns[row])[: b.count[row]], np.asarray(b.pattern[row])[: b.count[row]], strict=True
+            ):
+                inside = True if kind == 0 else np.asarray(b.patterns[kind - 1])[picked[n] % b.block_q]
+                seen[c * b.block_k : (c + 1) * b.block_k] = inside
+            scores[n, ~seen[: len(k)]] = -np.inf
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    expected = (weights / weights.sum(1, keepdims=True)) @ v
+    got = np.asarray(out[0, picked, 0], np.float64)
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+def _once(run: Callable[[], object]) -> tuple[float, float]:
+    wall, processor = time.perf_counter(), time.process_time()
+    jax.block_until_ready(run())
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def measure(case: Case, backends: tuple[str, ...] | None = None, rounds: int = 5) -> list[Row]:
+    """Time every backend that serves the case (or those named), the peers, and a matrix product."""
+    request, pairs = case.request()
+    names = backends or tuple(n for n, kernel in kernels().items() if n != "reference" and not kernel.supports(request))
+    runs: dict[str, Callable[[], object]] = {}
+    temporary: dict[str, int | None] = {}
+    errors: dict[str, float] = {}
+    for name in names:
+        kernel, _ = choose(request, name)
+        compiled = (
+            jax.jit(lambda q, k, v, run=kernel.run: run(replace(request, q=q, k=k, v=v)))
+            .lower(request.q, request.k, request.v)
+            .compile()
+        )
+        runs[name] = lambda compiled=compiled: compiled(request.q, request.k, request.v)
+        memory = compiled.memory_analysis()
+        temporary[name] = None if memory is None else int(memory.temp_size_in_bytes)
+        errors[name] = _error(request, runs[name]()[0])
+    if (peer := _torch_attention(request)) is not None:
+        runs["torch"], temporary["torch"] = peer, None
+        errors["torch"] = _error(request, peer().transpose(1, 2).float().numpy())
+    size = 2_048 if jax.default_backend() == "cpu" else 8_192
+    square = jnp.ones((size, size), case.dtype)
+    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
+    runs["matmul"] = lambda: product(square)
+    for run in runs.values():
+        _once(run)
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(_once(run))
+    best = {name: tuple(min(t[i] for t in seen) for i in (0, 1)) for name, seen in times.items()}
+    rate = 2 * size**3 / best["matmul"][0]
+    flops = 4 * pairs * case.heads * case.depth
+    everything = request.q.shape[0] * request.q.shape[1] * request.k.shape[1]
+    contestants = [name for name in runs if name != "matmul"]
+    return [
+        Row(
+            case,
+            name,
+            *best[name],
+            flops / best[name][0] / 1e12,
+            flops / best[name][0] / rate,
+            pairs / everything,
+            temporary[name],
+            errors[name],
+            {other: best[other][0] / best[name][0] for other in contestants if other != name},
+            {other: best[other][1] / best[name][1] for other in contestants if other != name},
+        )
+        for name in contestants
+    ]
+
+
+def device_name() -> str:
+    """Name of the first device as a file name; CPUs by architecture."""
+    device = jax.devices()[0]
+    name = platform.machine() + "-cpu" if device.platform == "cpu" else device.device_kind
+    return name.lower().replace(" ", "-").replace("/", "-")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _commit(folder: Path) -> str | None:
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def report(rows: list[Row], folder: Path) -> Path:
+    """Write ``attention-<device>.json``: rows with machine, versions and commit."""
+    path = folder / f"attention-{device_name()}.json"
+    packages = ("jax", "jaxlib", "libtpu", "torch", "numpy")
+    record = {
+        "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "versions": {p: v for p in packages if (v := _version(p))},
+        "commit": _commit(Path(__file__).parent),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "rows": [asdict(row) for row in rows],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def line(row: Row) -> str:
+    """One row for the terminal."""
+    c = row.case
+    against = ", ".join(
+        f"{ratio:.2f}x {other} ({row.processor_against[other]:.2f}x by processor time)"
+        for other, ratio in row.speed_against.items()
+    )
+    what = f"{c.pattern} {c.pixels}² + {c.text} text, {c.heads} x {c.depth}, {c.dtype}, {row.backend}"
+    rate = f"{row.seconds:.3f} s, {row.teraflops:.3f} TFLOP/s, {row.of_matmul:.2f} of a matmul"
+    rest = f"occupancy {row.occupancy:.3f}, error {row.error:.1e}"
+    return f"{what}: {rate}, {rest}" + (f"; speed {against}" if against else "")
