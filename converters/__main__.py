@@ -32,6 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--lora", action="append", default=[], help="merge a LoRA: FILE or FILE:WEIGHT; repeatable")
     convert.add_argument("--ignore-unknown", action="store_true", help="leave out keys of a LoRA that fit nothing")
     convert.add_argument("--max-shard-size", default="10GB", help="largest file of a diffusers component")
+    convert.add_argument(
+        "--trust-pickle", action="store_true", help="read .pt and .ckpt files, with torch's weights-only loader"
+    )
     convert.add_argument("--allow-nonfinite", action="store_true", help="report NaN and infinity, do not refuse them")
     convert.add_argument("--workers", type=int, help="threads (default: up to four)")
     convert.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
@@ -67,6 +70,7 @@ def _run(options: argparse.Namespace) -> None:
                 max_shard_size=options.max_shard_size,
                 allow_nonfinite=options.allow_nonfinite,
                 workers=options.workers,
+                trust_pickle=options.trust_pickle,
                 progress=not options.quiet,
             )
             if not options.quiet:

@@ -11,9 +11,10 @@ from typing import Any
 
 from converters.errors import CheckpointError, CoverageError
 from converters.families import BY_NAME, FAMILIES, Family, Shapes, slot_name
-from converters.formats import choose_weights, read_json, read_pipeline
+from converters.formats import PICKLE_SUFFIXES, choose_weights, read_json, read_pipeline
 from converters.keymap import Slot, Tensor, canonical
 from converters.keymaps import vae
+from converters.pickles import TorchSource
 from converters.quantised import dequantise
 from converters.report import REPORT_FILE
 from converters.sources import NamedSource, OrbaxSource, Source, is_orbax, open_safetensors
@@ -289,15 +290,20 @@ def open_single(source: Source, path: Path) -> Checkpoint:
     return Checkpoint(path, part.layout, {part.family.name: part})
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> Checkpoint:
     """Opens a pipeline folder, a component folder, an Orbax folder or a safetensors file; reads headers only.
+
+    Args:
+        path: the file or folder.
+        trust_pickle: also open single ``.pt`` and ``.ckpt`` files, through torch's weights-only loader.
 
     Raises:
         CheckpointError: missing, damaged, of an unknown model, or not covered exactly by its key map.
     """
     path = Path(path)
     if not path.is_dir():
-        return open_single(open_safetensors(path), path)
+        pickled = trust_pickle and path.is_file() and path.suffix in PICKLE_SUFFIXES
+        return open_single(TorchSource(path) if pickled else open_safetensors(path), path)
     if not (path / "model_index.json").is_file():
         if is_orbax(path) or choose_weights([entry.name for entry in path.iterdir()], str(path)) is not None:
             name, part = _component_folder(path)

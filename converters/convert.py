@@ -243,6 +243,7 @@ def convert(
     allow_nonfinite: bool = False,
     workers: int | None = None,
     progress: bool = True,
+    trust_pickle: bool = False,
 ) -> dict[str, Any]:
     """Converts a checkpoint and returns the report that is stored beside it.
 
@@ -263,6 +264,7 @@ def convert(
         allow_nonfinite: with ``verify``, report NaN and infinity instead of refusing them.
         workers: threads; default up to four.
         progress: show a bar where there is a terminal.
+        trust_pickle: read ``.pt`` and ``.ckpt`` through torch's weights-only loader.
 
     Raises:
         CheckpointError: the source cannot be used, the destination cannot be written, or verification failed.
@@ -281,7 +283,7 @@ def convert(
     if not destination.name:
         raise ValueError("destination: expected a path that ends in a name")
     merged = [(read_lora(path, ignore_unknown=ignore_unknown), weight) for path, weight in map(parse_lora, loras)]
-    with open_checkpoint(source) as opened:
+    with open_checkpoint(source, trust_pickle=trust_pickle) as opened:
         checkpoint = merge(opened, merged, DTYPES[dtype] if dtype else None) if merged else opened
         if verify == "forward":
             import converters.forward  # noqa: F401  before any work, so that a missing torch is said at once

@@ -40,6 +40,8 @@ class Convert:
     """Report NaN and infinity instead of refusing them."""
     ignore_unknown: Annotated[bool, option("", "off")] = False
     """Leave out keys of a LoRA that belong to nothing known."""
+    trust_pickle: Annotated[bool, option("", "off")] = False
+    """Read .pt and .ckpt files, with torch's weights-only loader."""
     overwrite: Annotated[bool, option("", "off")] = False
     """Replace an existing destination."""
     json: Annotated[bool, option("", "off")] = False
@@ -68,6 +70,7 @@ class Convert:
             max_shard_size=self.max_shard_size,
             allow_nonfinite=self.allow_nonfinite,
             progress=not self.json,
+            trust_pickle=self.trust_pickle,
         )
 
     def show(self, result: dict) -> str:
