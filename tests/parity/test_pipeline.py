@@ -6,6 +6,8 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+import jax.numpy as jnp
+
 import sega_jax as sj
 from sega_jax.hub import resolve
 from sega_jax.models.flux import pack
@@ -47,7 +49,7 @@ def test_pictures_match_diffusers(theirs, ours, prompt, height, width):
             height=height,
             width=width,
             num_inference_steps=8,
-            latents=torch.from_numpy(np.asarray(pack(noise))),
+            latents=torch.from_numpy(np.array(pack(noise))),
             max_sequence_length=ours.parts.t5_tokenizer.length,
             output_type="pt",
         ).images.numpy()
@@ -72,7 +74,7 @@ def test_true_guidance_matches_diffusers(theirs, ours):
             height=128,
             width=192,
             num_inference_steps=4,
-            latents=torch.from_numpy(np.asarray(pack(noise))),
+            latents=torch.from_numpy(np.array(pack(noise))),
             max_sequence_length=ours.parts.t5_tokenizer.length,
             output_type="latent",
         ).images.numpy()
@@ -80,4 +82,4 @@ def test_true_guidance_matches_diffusers(theirs, ours):
         PROMPTS[0], negative_prompt="", true_guidance=3.0, height=128, width=192, steps=4,
         init_latents=np.asarray(noise), mu="native", positional="none", decode=False,
     )  # fmt: skip
-    np.testing.assert_allclose(np.asarray(pack(made.latents)), expected, atol=2e-3)
+    np.testing.assert_allclose(np.asarray(pack(jnp.asarray(made.latents))), expected, atol=2e-3)
