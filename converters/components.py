@@ -12,6 +12,7 @@ from typing import Any
 from converters.errors import CheckpointError, CoverageError
 from converters.families import BY_NAME, FAMILIES, Family, Shapes, slot_name
 from converters.formats import PICKLE_SUFFIXES, choose_weights, read_json, read_pipeline
+from converters.gguf import GgufSource, is_gguf
 from converters.keymap import Slot, Tensor, canonical
 from converters.keymaps import vae
 from converters.pickles import TorchSource
@@ -291,7 +292,7 @@ def open_single(source: Source, path: Path) -> Checkpoint:
 
 
 def open_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> Checkpoint:
-    """Opens a pipeline folder, a component folder, an Orbax folder or a safetensors file; reads headers only.
+    """Opens a pipeline, component or Orbax folder, a safetensors or a GGUF file; reads headers only.
 
     Args:
         path: the file or folder.
@@ -302,6 +303,8 @@ def open_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> Checkpoi
     """
     path = Path(path)
     if not path.is_dir():
+        if is_gguf(path):
+            return open_single(GgufSource(path), path)
         pickled = trust_pickle and path.is_file() and path.suffix in PICKLE_SUFFIXES
         return open_single(TorchSource(path) if pickled else open_safetensors(path), path)
     if not (path / "model_index.json").is_file():
