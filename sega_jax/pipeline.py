@@ -91,7 +91,7 @@ def decode_with(
         module = nnx.merge(vae.graphdef, vae.params)
 
         def decode(one: np.ndarray) -> np.ndarray:
-            return decode_strips(module, denormalize(config, one).astype(dtype)).astype(np.float32)
+            return decode_strips(module, denormalize(config, jnp.asarray(one)).astype(dtype)).astype(np.float32)
     elif mode == "tiled":
         decode = partial(decode_tiled, run, tile=TILE)
     else:
