@@ -314,10 +314,10 @@ def test_tpu_kernel_in_the_simulator(dtype, traced):
 
 
 def test_gradient_of_the_tpu_kernel():
-    case = Case(2, 40, 50, 2, 64, 64, "float32", False, (50, 31), (16, 16), 8)
+    case = Case(2, 40, 50, 6, 64, 64, "float32", False, (50, 31), (16, 16), 8)
     request, visible = case.request()
     rng = np.random.default_rng(0)
-    cotangents = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 40, 2, 64), (2, 40, 2))]
+    cotangents = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 40, 6, 64), (2, 40, 6))]
 
     def pull(q, k, v):
         def run(*x):

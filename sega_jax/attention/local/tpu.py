@@ -8,6 +8,7 @@ visits only.  Lengths and patterns touch only the blocks on their edge.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -24,6 +25,7 @@ HEAD_SIZES = (64, 128)
 DENSE_TILE = (1_024, 1_024)  # queries and keys of a dense visit
 COMPUTE = 512  # keys whose scores are alive at once
 SCORES = 2**18  # of one visit of small blocks, by treating several heads in it
+UNROLL = 4
 MOST_VISITS = 192 * 1024  # one word each in the scalar memory of 1 MiB
 MOST_BLOCKS = 2**12
 NOTHING = 255  # pattern number of a row that visits no block
@@ -97,6 +99,21 @@ def _column(word):
     return jax.lax.shift_right_logical(word, 8) & 0xFFF
 
 
+def _for_heads(heads: int, treat: Callable) -> None:
+    """A few heads side by side, so that their products and exponentials overlap; many would only compile longer."""
+    together = max(n for n in range(1, UNROLL + 1) if heads % n == 0)
+
+    def some(n, carry):
+        for h in range(together):
+            treat(n * together + h)
+        return carry
+
+    if together == heads:
+        some(0, None)
+    else:
+        jax.lax.fori_loop(0, heads // together, some, None)
+
+
 def _body(locate, has_length, scale, heads, compute, words_ref, length_ref, q_ref, k_ref, v_ref, *rest):
     """One visit: ``heads`` query blocks against their key blocks."""
     pattern_ref, (out_ref, lse_ref, acc_ref, max_ref, sum_ref) = (None, rest) if len(rest) == 5 else (rest[0], rest[1:])
@@ -113,7 +130,8 @@ def _body(locate, has_length, scale, heads, compute, words_ref, length_ref, q_re
 
     def visit(edge: bool, partial_block: bool):
         precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
-        for h in range(heads):
+
+        def head(h):
             for c in range(0, block_k, compute):
                 part = pl.ds(c, compute)
                 v = v_ref[0, h, part, :]
@@ -150,6 +168,8 @@ def _body(locate, has_length, scale, heads, compute, words_ref, length_ref, q_re
                     preferred_element_type=jnp.float32,
                 )
 
+        _for_heads(heads, head)
+
     useful = (start < length) & (pattern != NOTHING)
     ragged = start + block_k > length
     kinds = [(False, False), (True, False)] if has_length else [(False, False)]
@@ -165,12 +185,14 @@ def _body(locate, has_length, scale, heads, compute, words_ref, length_ref, q_re
 
     @pl.when(last)
     def _():
-        for h in range(heads):
+        def head(h):
             total = sum_ref[h]
             safe = jnp.where(total == 0, 1.0, total)
             out_ref[0, h] = (acc_ref[h] / safe[:, :1]).astype(out_ref.dtype)
             lse = jnp.where(total == 0, -jnp.inf, max_ref[h] * scale + jnp.log(safe))
             lse_ref[0, h] = lse.T[:1]
+
+        _for_heads(heads, head)
 
 
 def _heads_together(heads: int, scores: int) -> int:
