@@ -346,7 +346,7 @@ class Pipeline:
             image_indices: the image indices to make instead of ``range(num_images)``.
             batch_size: pictures per model call; changes speed and memory, not pictures (up to rounding).
             positional: preset, expression, ``module:name``, method object, or ``"auto"``: plain at or below the
-                trained size, YaRN above.
+                trained size, YaRN above (PI for nano).
             layout: ``"dense"``.
             mu: ``"clamp"``, ``"native"`` or a number; see `Schedule.mu`.
             init_image: picture to start from (path or f32 [H, W, 3] in [-1, 1]), noised to ``strength``.

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from sega_jax.geometry import Grid
 from sega_jax.sampling.schedule import MuPolicy
 
-AUTO_ABOVE_NATIVE = "yarn"  # published without restrictions; DyPE states "patent pending", SEGA's licence is unclear
+# Published without restrictions; DyPE states "patent pending", SEGA's licence is unclear.
+AUTO_ABOVE_NATIVE = "yarn"
+NANO_ABOVE_NATIVE = "pi"  # with 16 trained tokens per side YaRN repeats nano's object, PI keeps it whole
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,16 @@ def recipe(grid: Grid, *, guidance_embeds: bool, dynamic_shift: bool, text_width
         dynamic_shift: whether its schedule shifts with size (not schnell).
         text_width: width of the text stream; tells the demo model from FLUX.1.
     """
-    beyond = max(grid.stretch) > 1
-    positional = AUTO_ABOVE_NATIVE if beyond else "none"
-    size = "beyond the trained grid: YaRN, as dype.md §3.3" if beyond else "at or below the trained grid: plain RoPE"
+    beyond, nano = max(grid.stretch) > 1, text_width < 1024
+    positional, size = "none", "at or below the trained grid: plain RoPE"
+    if beyond and nano:
+        positional, size = NANO_ABOVE_NATIVE, "beyond the trained grid: PI, which keeps nano's object whole"
+    elif beyond:
+        positional, size = AUTO_ABOVE_NATIVE, "beyond the trained grid: YaRN, as dype.md §3.3"
     if guidance_embeds:
         return Recipe(positional, "clamp", 28, 3.5, 3.5, f"FLUX.1-dev model card (28 steps, guidance 3.5); {size}")
     if not dynamic_shift:
         return Recipe(positional, "clamp", 4, None, 3.5, f"FLUX.1-schnell model card (4 steps); {size}")
-    if text_width < 1024:
+    if nano:
         return Recipe(positional, "clamp", 20, None, 3.0, f"nano model card (20 steps); {size}")
     return Recipe(positional, "clamp", 28, None, 3.5, f"FLUX.1-dev model card (28 steps); {size}")
