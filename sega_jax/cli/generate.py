@@ -36,7 +36,9 @@ class Generate(ModelOptions):
     """What to steer away from; two model rows per picture (true classifier-free guidance)."""
     size: Annotated[str | None, option("PX|WIDTHxHEIGHT", "the trained size")] = None
     """Pixels: a side, or width x height in this order (2048x1024 is a wide picture)."""
-    positional: Annotated[str | None, option("METHOD", "auto: plain up to the trained size; YaRN above, PI for nano")] = None
+    positional: Annotated[
+        str | None, option("METHOD", "auto: plain up to the trained size; YaRN above, PI for nano")
+    ] = None
     """Preset (see `sega-jax methods`), expression such as "ntk(strength=2.0)+sega_magnitude()", or module:name."""
     layout: Annotated[str | None, option("LAYOUT", "dense")] = None
     """Where tokens sit and whom they see."""
