@@ -513,7 +513,8 @@ def test_bad_arguments_fail_before_anything_loads(run, monkeypatch, words, messa
 def test_no_verb(run):
     assert run()[::2] == (
         2,
-        "sega-jax: error: Expected one of {generate, decode, convert, inspect, methods, doctor}. (see sega-jax --help)\n",
+        "sega-jax: error: Expected one of {generate, decode, convert, inspect, methods, doctor}. "
+        "(see sega-jax --help)\n",
     )
 
 
