@@ -25,7 +25,7 @@ CASES = {
     "dense 6144²": (1, 147_456 + TEXT, 147_456 + TEXT, 128, "bfloat16", None, False),
     "dense 2048², head size 64, lengths": (2, 16_384 + TEXT, 16_384 + TEXT, 64, "bfloat16", None, True),
     "dense 1024², float32": (1, 4_096 + TEXT, 4_096 + TEXT, 128, "float32", None, False),
-    "ScaleDiff windows of 6144²": (144, 1_024 + TEXT, 4_096 + TEXT, 128, "bfloat16", None, False),
+    "ScaleDiff windows of 4096²": (64, 1_024 + TEXT, 4_096 + TEXT, 128, "bfloat16", None, False),
     "Scale-DiT mask K 4096²": (1, 70_144, 70_144, 128, "bfloat16", (256, "kernel", False), False),
     "Scale-DiT mask K 6144²": (1, 157_184, 157_184, 128, "bfloat16", (384, "kernel", False), False),
     "Scale-DiT mask P 6144²": (1, 157_184, 157_184, 128, "bfloat16", (384, "paper", False), False),
