@@ -68,8 +68,13 @@ class FluxConfig:
 
     @classmethod
     def dev(cls) -> FluxConfig:
-        """FLUX.1-dev (also Krea-dev): 11,901,408,320 parameters."""
+        """FLUX.1-dev: 11,901,408,320 parameters."""
         return cls()
+
+    @classmethod
+    def krea_dev(cls) -> FluxConfig:
+        """FLUX.1-Krea-dev: the sizes of FLUX.1-dev."""
+        return cls.dev()
 
     @classmethod
     def schnell(cls) -> FluxConfig:
