@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,91 +18,27 @@ from flax import nnx
 
 import sega_jax
 from sega_jax import positional as pe
-from sega_jax.families import Component, Parts, load_parts
+from sega_jax.families import Parts, load_parts
 from sega_jax.geometry import Grid
 from sega_jax.hub import resolve
 from sega_jax.images import Image, load_image
 from sega_jax.latents import load_latents
 from sega_jax.layouts.streams import Layout
-from sega_jax.models.vae import VaeConfig, denormalize, normalize, sample_posterior
-from sega_jax.models.vae_tiled import decode_tiled, encode_tiled
+from sega_jax.models.vae import normalize, sample_posterior
+from sega_jax.models.vae_tiled import encode_tiled
 from sega_jax.planning import Plan, get_layout
 from sega_jax.planning import plan as make_plan
-from sega_jax.sampling.denoise import Conditioning, Velocity, add_noise, euler, initial_noise
+from sega_jax.sampling.denoise import Conditioning, Velocity
+from sega_jax.sampling.sampler import Euler, Noise, Sampler
 from sega_jax.sampling.schedule import MuPolicy, start_index
-from sega_jax.sharding.strips import decode_strips
+from sega_jax.stages import TILE, VaeMode, decode_with, encode_image, encode_text
 
 logger = logging.getLogger(__name__)
-
-VaeMode = Literal["auto", "plain", "exact", "tiled"]
-PLAIN_DECODE_BYTES = 6 * 2**30  # the plain decode is chosen while its largest activations stay below this
-TILE = 128  # latent pixels per side of a decoder tile, a quarter of it shared with the neighbour
 
 
 def default_dtype() -> str:
     """float32 on CPU, where bfloat16 gains nothing, and bfloat16 elsewhere."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-@partial(jax.jit, static_argnames=("clip", "t5", "dtype"))
-def encode_text(clip_params, t5_params, clip_ids, t5_ids, *, clip: nnx.GraphDef, t5: nnx.GraphDef, dtype: str):
-    """T5 sequence [B, T, text_dim] and pooled CLIP vector [B, pooled_dim], in ``dtype``."""
-    cast = partial(jax.tree.map, lambda x: x.astype(dtype))
-    _, pooled = nnx.merge(clip, cast(clip_params))(clip_ids)
-    return nnx.merge(t5, cast(t5_params))(t5_ids).astype(dtype), pooled.astype(dtype)
-
-
-@partial(jax.jit, static_argnames=("graphdef", "config", "dtype"))
-def decode_latents(params, latents, *, graphdef: nnx.GraphDef, config, dtype: str) -> jax.Array:
-    """Model-scale latents f32 [B, h, w, C] to images f32 [B, 8h, 8w, 3] in [-1, 1]."""
-    raw = denormalize(config, latents).astype(dtype)
-    return nnx.merge(graphdef, params).decode(raw).astype(jnp.float32)
-
-
-def decode_with(
-    vae: Component, config: VaeConfig, latents: jax.Array | np.ndarray, *, dtype: str, mode: VaeMode = "auto"
-) -> np.ndarray:
-    """Model-scale latents f32 [B, h, w, C] to images f32 [B, 8h, 8w, 3] in about [-1, 1].
-
-    Args:
-        vae: an autoencoder in ``dtype``.
-        config: its configuration.
-        latents: one picture at a time is on the device.
-        dtype: of activations.
-        mode: ``"plain"``; ``"exact"``, the same in strips of rows, with activations on the host in between;
-            ``"tiled"`` (tiles of 128 latent pixels, a quarter shared with the neighbour, linear cross-fade: an
-            approximation); or ``"auto"``: plain while it fits comfortably, else exact.
-
-    Raises:
-        ValueError: for another mode.
-    """
-    if mode not in get_args(VaeMode):
-        raise ValueError(f"vae={mode!r}: expected one of {', '.join(get_args(VaeMode))}")
-    latents = np.asarray(latents, np.float32)
-    pixels = latents.shape[1] * latents.shape[2] * config.factor**2
-    largest = 3 * pixels * config.block_out_channels[min(1, len(config.block_out_channels) - 1)]
-    size = largest * jnp.dtype(dtype).itemsize
-    if mode == "auto" and size > PLAIN_DECODE_BYTES:
-        logger.info("decoding in strips: the plain decode would hold about %.1f GB of activations", size / 1e9)
-        mode = "exact"
-    run = partial(decode_latents, vae.params, graphdef=vae.graphdef, config=config, dtype=dtype)
-    if mode == "exact":
-        module = nnx.merge(vae.graphdef, vae.params)
-
-        def decode(one: np.ndarray) -> np.ndarray:
-            return decode_strips(module, denormalize(config, jnp.asarray(one)).astype(dtype)).astype(np.float32)
-    elif mode == "tiled":
-        decode = partial(decode_tiled, run, tile=TILE)
-    else:
-        decode = run
-    return np.concatenate([np.asarray(decode(one)) for one in np.split(latents, len(latents))])
-
-
-@partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def encode_image(params, images, *, graphdef: nnx.GraphDef, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """Images f32 [B, H, W, 3] in [-1, 1] to the posterior's mean and log-variance, f32 [B, H/8, W/8, C]."""
-    mean, logvar = nnx.merge(graphdef, params).encode(images.astype(dtype))
-    return mean.astype(jnp.float32), logvar.astype(jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -271,9 +206,10 @@ class Pipeline:
 
     def noise(self, seed: int, height: int, width: int, indices: Sequence[int] = (0,)) -> jax.Array:
         """Initial latents f32 [len(indices), h, w, C]; each depends on (seed, image index) alone."""
-        grid = self.grid(height, width)
-        channels = self.parts.transformer_config.in_channels // 4
-        return initial_noise(seed, list(indices), (2 * grid.height, 2 * grid.width, channels))
+        return Noise(seed, tuple(indices)).field(self._latent_shape(self.grid(height, width)))
+
+    def _latent_shape(self, grid: Grid) -> tuple[int, int, int]:
+        return 2 * grid.height, 2 * grid.width, self.parts.transformer_config.in_channels // 4
 
     def sigmas(self, steps: int, height: int, width: int, mu: MuPolicy = "clamp") -> np.ndarray:
         """Noise levels of a run, float32 [steps + 1]."""
@@ -395,9 +331,7 @@ class Pipeline:
         given = None if init_latents is None else self._given_latents(init_latents, grid, len(jobs))
         source = None if init_image is None else self._source_image(init_image, plan, seed)
         method = positional if not isinstance(positional, str) or positional != "auto" else plan.positional
-        velocity = self.velocity(method, layout)
-        sigmas = self.parts.schedule.sigmas(plan.steps, grid.tokens, plan.mu)
-        sigmas = sigmas[0 if plan.strength is None else start_index(plan.steps, plan.strength) :]
+        sampler = self.sampler(plan, method, layout, source)
 
         timings = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
         clock = _Clock(timings)
@@ -408,12 +342,11 @@ class Pipeline:
             batch = jobs[first : first + batch_size]
             padded = batch + [batch[-1]] * (min(batch_size, len(jobs)) - len(batch))
             rows = [row for row, _ in padded]
-            noise = self.noise(seed, plan.height, plan.width, [index for _, index in padded])
+            noise = Noise(seed, tuple(index for _, index in padded))
             if given is not None:
                 chosen = [min(first + i, len(jobs) - 1) for i in range(len(padded))]
-                noise = jnp.asarray(given[np.asarray(chosen)])
-            start = noise if source is None else add_noise(source, noise, sigmas[0])
-            made = self._denoise(velocity, start, sigmas, _rows(conditioning, rows), on_step)
+                noise = replace(noise, given=given[np.asarray(chosen)])
+            made = self._denoise(sampler, noise, _rows(conditioning, rows), on_step)
             made = np.asarray(made)[: len(batch)]
             clock.stop("denoise")
             record = [self.record(plans[row], index) for row, index in batch]
@@ -427,24 +360,37 @@ class Pipeline:
                 clock.stop("decode")
         return Result(images, np.concatenate(latents), records, timings)
 
+    def sampler(
+        self, plan: Plan, method: str | pe.Method, layout: str | Layout, source: jax.Array | None = None
+    ) -> Sampler:
+        """How the pictures of a plan come about.
+
+        Args:
+            plan: the request.
+            method: positional method; an object of one's own compiles once.
+            layout: as in `generate`.
+            source: latents f32 [1, h, w, C] to start from, with a plan that has a strength.
+        """
+        grid = self.grid(plan.height, plan.width)
+        sigmas = self.parts.schedule.sigmas(plan.steps, grid.tokens, plan.mu)
+        sigmas = sigmas[0 if plan.strength is None else start_index(plan.steps, plan.strength) :]
+        return Euler(self.velocity(method, layout), sigmas, self._latent_shape(grid), source)
+
     def _denoise(
         self,
-        velocity: Velocity,
-        latents: jax.Array,
-        sigmas: np.ndarray,
+        sampler: Sampler,
+        noise: Noise,
         conditioning: Conditioning,
         on_step: Callable[[Progress], None] | None,
     ) -> jax.Array:
-        state = velocity.initial_state(latents, conditioning)
-        total = len(sigmas) - 1
-        for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+        state = sampler.start(noise, conditioning)
+        for index in range(sampler.steps):
             begun = time.perf_counter()
-            change, state = velocity.advance(self.params, latents, sigma, conditioning, step, state)
-            latents = euler(latents, change, sigma, sigma_next)
+            state = sampler.step(self.params, state, conditioning, index)
             if on_step is not None:
-                latents.block_until_ready()
-                on_step(Progress(step + 1, total, time.perf_counter() - begun))
-        return latents
+                jax.block_until_ready(state)
+                on_step(Progress(index + 1, sampler.steps, time.perf_counter() - begun))
+        return sampler.latents(state)
 
     def _encoded(self, prompts: Sequence[str], plan: Plan, embeddings: Mapping[str, np.ndarray] | None) -> Conditioning:
         guidance, scale = plan.guidance, plan.true_guidance
@@ -467,7 +413,7 @@ class Pipeline:
         if isinstance(latents, (str, os.PathLike)):
             latents, _ = load_latents(latents)
         latents = np.asarray(latents, np.float32)
-        expected = (count, 2 * grid.height, 2 * grid.width, self.parts.transformer_config.in_channels // 4)
+        expected = (count, *self._latent_shape(grid))
         if latents.shape != expected:
             raise ValueError(f"init_latents {latents.shape}: this request needs {expected} [B, h, w, C]")
         return latents

@@ -188,7 +188,7 @@ def test_exact_decode_is_plain_and_auto_takes_it_where_plain_would_not_fit(pipe,
     z = latents(pipe, width=256, height=192, steps=4)
     plain, exact = pipe.decode(z, vae="plain"), pipe.decode(z, vae="exact")
     np.testing.assert_allclose(exact, plain, atol=1e-4)
-    monkeypatch.setattr("sega_jax.pipeline.PLAIN_DECODE_BYTES", 0)
+    monkeypatch.setattr("sega_jax.stages.PLAIN_DECODE_BYTES", 0)
     np.testing.assert_array_equal(pipe.decode(z), exact)
     with pytest.raises(ValueError, match="expected one of auto, plain, exact, tiled"):
         pipe.decode(z, vae="strips")

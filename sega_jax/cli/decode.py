@@ -46,7 +46,8 @@ class Decode(ModelOptions):
         from sega_jax.hub import resolve
         from sega_jax.images import Image
         from sega_jax.latents import load_latents
-        from sega_jax.pipeline import decode_with, default_dtype
+        from sega_jax.pipeline import default_dtype
+        from sega_jax.stages import decode_with
 
         if self.out is not None:
             outputs.check_pattern(self.out, (".png", ".jpg", ".jpeg", ".webp"), "out")

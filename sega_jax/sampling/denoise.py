@@ -136,15 +136,21 @@ def add_noise(clean: ArrayLike, noise: ArrayLike, sigma: ArrayLike) -> jax.Array
     return (1 - sigma) * clean + sigma * noise
 
 
-@partial(jax.jit, static_argnames=("shape",))
-def _noise(seed: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    key = jax.random.key(seed)
-    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32))(indices)
+@partial(jax.jit, static_argnames=("shape", "number"))
+def _noise(seed: jax.Array, indices: jax.Array, shape: tuple[int, ...], number: int) -> jax.Array:
+    def one(index: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        return jax.random.normal(jax.random.fold_in(key, number) if number else key, shape, jnp.float32)
+
+    return jax.vmap(one)(indices)
 
 
-def initial_noise(seed: int, indices: list[int], shape: tuple[int, int, int]) -> jax.Array:
-    """Gaussian latents f32 [len(indices), *shape]; each depends on (seed, image index) and on nothing else."""
-    return _noise(jnp.asarray(seed, jnp.uint32), jnp.asarray(indices, jnp.uint32), shape)
+def initial_noise(seed: int, indices: list[int], shape: tuple[int, int, int], number: int = 0) -> jax.Array:
+    """Gaussian latents f32 [len(indices), *shape]; each depends on (seed, image index, number) and on nothing else.
+
+    Number 0 is where a run starts; stages that add noise again take others.
+    """
+    return _noise(jnp.asarray(seed, jnp.uint32), jnp.asarray(indices, jnp.uint32), shape, number)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""A run as a chain of steps over a state, so that every sampler is driven, watched, saved and resumed alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from flax import nnx
+
+from sega_jax.sampling.denoise import Conditioning, Velocity, add_noise, euler, initial_noise
+
+State = Any  # a pytree of arrays: all that the next step needs, and what a checkpoint of a run holds
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gaussian fields of a batch of pictures.
+
+    Attributes:
+        seed: of all of them.
+        indices: image index of each row.
+        given: field 0, f32 [B, h, w, C], in place of the seed's.
+    """
+
+    seed: int
+    indices: tuple[int, ...]
+    given: np.ndarray | None = None
+
+    def field(self, shape: tuple[int, int, int], number: int = 0) -> jax.Array:
+        """f32 [B, *shape]; depends on (seed, image index, number) alone, number 0 being the initial noise.
+
+        Raises:
+            ValueError: ``given`` has another shape.
+        """
+        if number or self.given is None:
+            return initial_noise(self.seed, list(self.indices), shape, number)
+        if self.given.shape != (len(self.indices), *shape):
+            raise ValueError(f"initial noise {self.given.shape}: expected {(len(self.indices), *shape)}")
+        return jax.numpy.asarray(self.given, jax.numpy.float32)
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """How pictures come about from noise.  Pure: a step's result depends on its arguments alone."""
+
+    @property
+    def steps(self) -> int:
+        """Number of steps, over all stages."""
+        ...
+
+    def start(self, noise: Noise, conditioning: Conditioning) -> State: ...
+
+    def step(self, params: nnx.State, state: State, conditioning: Conditioning, index: int) -> State:
+        """The state after step ``index``, counted from 0 over all stages."""
+        ...
+
+    def latents(self, state: State) -> jax.Array:
+        """The picture in a finished state: model-scale latents f32 [B, h, w, C]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Euler:
+    """One size, one layout, Euler steps from the first noise level to zero.
+
+    Attributes:
+        velocity: the model.
+        sigmas: noise levels, f32 [steps + 1].
+        shape: (h, w, C) of the latents.
+        source: latents of a picture to start from, f32 [1, h, w, C], noised to the first level; None is noise.
+    """
+
+    velocity: Velocity
+    sigmas: np.ndarray
+    shape: tuple[int, int, int]
+    source: jax.Array | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def start(self, noise: Noise, conditioning: Conditioning) -> State:
+        latents = noise.field(self.shape)
+        if self.source is not None:
+            latents = add_noise(self.source, latents, self.sigmas[0])
+        return {"latents": latents, "method": self.velocity.initial_state(latents, conditioning)}
+
+    def step(self, params: nnx.State, state: State, conditioning: Conditioning, index: int) -> State:
+        latents, sigma = state["latents"], self.sigmas[index]
+        change, memory = self.velocity.advance(params, latents, sigma, conditioning, index, state["method"])
+        return {"latents": euler(latents, change, sigma, self.sigmas[index + 1]), "method": memory}
+
+    def latents(self, state: State) -> jax.Array:
+        return state["latents"]
