@@ -313,6 +313,29 @@ def test_tpu_kernel_in_the_simulator(dtype, traced):
     check(out, lse, request, visible)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("highest", [0.98 * tpu.LIMIT, 1.02 * tpu.LIMIT])
+def test_tpu_kernel_at_the_bound_of_its_fixed_maximum(highest, dtype):
+    """Logits from -highest to highest, one query that sees only the least: no underflow, no overflow, on both sides."""
+    rng = np.random.default_rng(11)
+    direction = rng.standard_normal(64)
+    direction *= np.sqrt(highest) / np.linalg.norm(direction)
+    q = np.stack([direction, -direction, 0.3 * direction, direction])
+    k = np.concatenate([direction[None], -direction[None], rng.uniform(-1, 1, (46, 1)) * direction])
+    shape = (1, -1, 1, 64)
+    x = [jnp.asarray(a.reshape(shape), dtype) for a in (q, k, rng.standard_normal((48, 64)) * 1e3)]
+    mask = np.ones((4, 48), bool)
+    mask[3] = np.arange(48) == 1
+    request = Request(*x, 1.0, None, from_mask(mask, 4, 16))
+    assert tpu._bounded(*x[:2], 1.0, 1).tolist() == [[int(highest <= tpu.LIMIT)]]
+    check(*compiled(partial(tpu.run, interpret=True), request), request, mask[None, None])
+
+
+def test_an_unknown_length_takes_the_exact_softmax():
+    q = jnp.ones((1, 3, 4, 64)).at[0, 1, 3].set(jnp.nan)
+    assert tpu._bounded(q, jnp.ones((1, 2, 4, 64)), 0.1, 2).tolist() == [[1, 0]]
+
+
 def test_gradient_of_the_tpu_kernel():
     case = Case(2, 40, 50, 6, 64, 64, "float32", False, (50, 31), (16, 16), 8)
     request, visible = case.request()

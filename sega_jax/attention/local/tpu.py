@@ -3,10 +3,16 @@
 A block map becomes a list of visits, one word each, which the scalar core reads ahead of the pipeline: blocks that
 are not visited cost nothing, neither loads nor arithmetic, and a long row (text that sees everything) costs its own
 visits only.  Lengths and patterns touch only the blocks on their edge.
+
+At head size 128 the newer chips are bound by the softmax, not by the products.  Where the Cauchy-Schwarz bound
+``scale * max |q| * max |k|`` of a few heads is at most `LIMIT`, their exponentials cannot leave float32, so the running
+maximum, its rescaling and a subtraction per score are left out; the result is the same softmax.  Heads beyond the
+bound, which a magnitude rule may push there, take the exact online softmax.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +35,7 @@ UNROLL = 4
 MOST_VISITS = 192 * 1024  # one word each in the scalar memory of 1 MiB
 MOST_BLOCKS = 2**12
 NOTHING = 255  # pattern number of a row that visits no block
+LIMIT = 60.0  # exp(60) times the keys of a 36 MP sequence times values of 1e5 is still a float32; so is exp(-60)
 HIDDEN = -0.7 * float(np.finfo(np.float32).max)
 LANES = 128
 
@@ -114,22 +121,32 @@ def _for_heads(heads: int, treat: Callable) -> None:
         jax.lax.fori_loop(0, heads // together, some, None)
 
 
-def _body(locate, has_length, scale, heads, compute, words_ref, length_ref, q_ref, k_ref, v_ref, *rest):
+def _lane_sums(weights: jax.Array) -> jax.Array:
+    """[rows, columns] to [rows, LANES] whose sum over lanes is the sum over columns, without crossing lanes."""
+    rows, columns = weights.shape
+    if columns % LANES:
+        return jnp.broadcast_to(weights.sum(1, keepdims=True) * (1 / LANES), (rows, LANES))
+    return sum(weights[:, c : c + LANES] for c in range(0, columns, LANES))
+
+
+def _body(locate, has_length, scale, heads, compute, words_ref, length_ref, bounded_ref, q_ref, k_ref, v_ref, *rest):
     """One visit: ``heads`` query blocks against their key blocks."""
     pattern_ref, (out_ref, lse_ref, acc_ref, max_ref, sum_ref) = (None, rest) if len(rest) == 5 else (rest[0], rest[1:])
     block_k = k_ref.shape[2]
     column, pattern, first, last = locate(words_ref, length_ref)
     length = length_ref[pl.program_id(0)]
     start = column * block_k
+    bounded = bounded_ref[pl.program_id(0), pl.program_id(1)] != 0
 
     @pl.when(first)
     def _():
         acc_ref[...] = jnp.zeros_like(acc_ref)
-        max_ref[...] = jnp.full_like(max_ref, HIDDEN)
+        max_ref[...] = jnp.broadcast_to(jnp.where(bounded, 0.0, HIDDEN), max_ref.shape)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    def visit(edge: bool, partial_block: bool):
+    def visit(edge: bool, partial_block: bool, fixed: bool):
         precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
+        base_two = scale / math.log(2.0)
 
         def head(h):
             for c in range(0, block_k, compute):
@@ -150,17 +167,22 @@ def _body(locate, has_length, scale, heads, compute, words_ref, length_ref, q_re
                 if partial_block:
                     drawn = pattern_ref[0, :, part].astype(jnp.int32) != 0
                     seen = drawn if seen is None else seen & drawn
-                if seen is not None:
-                    scores = jnp.where(seen, scores, HIDDEN)
-                old = max_ref[h]
-                new = jnp.maximum(old, scores.max(1, keepdims=True))
-                weights = jnp.exp2((scores - new[:, :1]) * (scale / math.log(2.0)))
+                if fixed:
+                    weights = jnp.exp2(scores * base_two)
+                else:
+                    if seen is not None:
+                        scores = jnp.where(seen, scores, HIDDEN)
+                    old = max_ref[h]
+                    new = jnp.maximum(old, scores.max(1, keepdims=True))
+                    weights = jnp.exp2((scores - new[:, :1]) * base_two)
+                    keep = jnp.exp2((old - new) * base_two)
+                    max_ref[h] = new
+                    sum_ref[h] *= keep
+                    acc_ref[h] *= keep[:, :1]
                 if seen is not None:
                     weights = jnp.where(seen, weights, 0.0)
-                keep = jnp.exp2((old - new) * (scale / math.log(2.0)))
-                max_ref[h] = new
-                sum_ref[h] = sum_ref[h] * keep + weights.sum(1, keepdims=True)
-                acc_ref[h] = acc_ref[h] * keep[:, :1] + jax.lax.dot_general(
+                sum_ref[h] += _lane_sums(weights)
+                acc_ref[h] += jax.lax.dot_general(
                     weights.astype(v.dtype),
                     v,
                     (((1,), (0,)), ((), ())),
@@ -175,24 +197,34 @@ def _body(locate, has_length, scale, heads, compute, words_ref, length_ref, q_re
     kinds = [(False, False), (True, False)] if has_length else [(False, False)]
     if pattern_ref is not None:
         kinds += [(has_length, True)]
-    for edge, partial_block in kinds:
-        condition = useful
+    for (edge, partial_block), fixed in itertools.product(kinds, (True, False)):
+        condition = useful & (bounded if fixed else ~bounded)
         if has_length and not partial_block:
             condition &= ragged if edge else ~ragged
         if pattern_ref is not None:
             condition &= (pattern != 0) if partial_block else (pattern == 0)
-        pl.when(condition)(partial(visit, edge, partial_block))
+        pl.when(condition)(partial(visit, edge, partial_block, fixed))
 
     @pl.when(last)
     def _():
         def head(h):
-            total = sum_ref[h]
+            total = sum_ref[h].sum(1, keepdims=True)
             safe = jnp.where(total == 0, 1.0, total)
-            out_ref[0, h] = (acc_ref[h] / safe[:, :1]).astype(out_ref.dtype)
+            out_ref[0, h] = (acc_ref[h] / safe).astype(out_ref.dtype)
             lse = jnp.where(total == 0, -jnp.inf, max_ref[h] * scale + jnp.log(safe))
             lse_ref[0, h] = lse.T[:1]
 
         _for_heads(heads, head)
+
+
+def _bounded(q: jax.Array, k: jax.Array, scale: float, together: int) -> jax.Array:
+    """i32 [B, H / together]: 1 where no logit of these heads can exceed `LIMIT` (a NaN says 0)."""
+
+    def longest(x: jax.Array) -> jax.Array:  # [B, N, H, D] -> [B, H]
+        return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1).max(1))
+
+    highest = (longest(q) * longest(k)).reshape(q.shape[0], -1, together).max(-1)
+    return (scale * highest <= LIMIT).astype(jnp.int32)
 
 
 def _heads_together(heads: int, scores: int) -> int:
@@ -212,16 +244,16 @@ def _forward(q, k, v, lengths, blocks: BlockMap | None, visits, scale: float, in
         words = np.zeros((1,), np.int32)
         grid = (batch, heads // together, rows, columns)
 
-        def row_of(b, h, i, j, words, lengths):
-            del j, words, lengths
+        def row_of(b, h, i, j, words, lengths, bounded):
+            del j, words, lengths, bounded
             return b, h, i, 0
 
-        def column_of(b, h, i, j, words, lengths):
-            del i, words
+        def column_of(b, h, i, j, words, lengths, bounded):
+            del i, words, bounded
             return b, h, jnp.minimum(j, jnp.maximum(pl.cdiv(lengths[b], block_k) - 1, 0)), 0
 
-        def lse_of(b, h, i, j, words, lengths):
-            del j, words, lengths
+        def lse_of(b, h, i, j, words, lengths, bounded):
+            del j, words, lengths, bounded
             return b, h, 0, i
 
         def locate(words_ref, length_ref):
@@ -232,16 +264,16 @@ def _forward(q, k, v, lengths, blocks: BlockMap | None, visits, scale: float, in
         words, total = visits or _visit_list(blocks)
         grid = (batch, heads // together, total)
 
-        def row_of(b, h, t, words, lengths):
-            del lengths
+        def row_of(b, h, t, words, lengths, bounded):
+            del lengths, bounded
             return b, h, _row(words[t]), 0
 
-        def column_of(b, h, t, words, lengths):
-            del lengths
+        def column_of(b, h, t, words, lengths, bounded):
+            del lengths, bounded
             return b, h, _column(words[t]), 0
 
-        def lse_of(b, h, t, words, lengths):
-            del lengths
+        def lse_of(b, h, t, words, lengths, bounded):
+            del lengths, bounded
             return b, h, 0, _row(words[t])
 
         def locate(words_ref, length_ref):
@@ -260,8 +292,8 @@ def _forward(q, k, v, lengths, blocks: BlockMap | None, visits, scale: float, in
     ]
     if blocks is not None and len(blocks.patterns):
 
-        def pattern_of(b, h, t, words, lengths):
-            del b, h, lengths
+        def pattern_of(b, h, t, words, lengths, bounded):
+            del b, h, lengths, bounded
             kind = words[t] & 0xFF
             return jnp.where((kind == 0) | (kind == NOTHING), 0, kind - 1), 0, 0
 
@@ -273,7 +305,7 @@ def _forward(q, k, v, lengths, blocks: BlockMap | None, visits, scale: float, in
     out, lse = pl.pallas_call(
         partial(_body, locate, has_length, scale, together, compute),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=grid,
             in_specs=in_specs,
             out_specs=[
@@ -301,7 +333,7 @@ def _forward(q, k, v, lengths, blocks: BlockMap | None, visits, scale: float, in
         ),
         interpret=interpret,
         name="attention_sparse" if blocks is not None else "attention_dense",
-    )(jnp.asarray(words), lengths, *operands)
+    )(jnp.asarray(words), lengths, _bounded(q, k, scale, together), *operands)
     return out.swapaxes(1, 2), lse[:, :, 0].swapaxes(1, 2)
 
 
