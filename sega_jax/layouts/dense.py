@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import jax
+
 from sega_jax.geometry import Grid
-from sega_jax.layouts.streams import Call, KeySet, Stream, Tokens
+from sega_jax.layouts.streams import Call, Content, KeySet, Stream, Tokens
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,18 @@ class Dense:
     def grids(self, grid: Grid) -> dict[str, Grid]:
         return {"image": grid}
 
-    def calls(self, grid: Grid) -> tuple[Call, ...]:
+    def enter(self, canvases: Mapping[str, jax.Array], content: Content) -> Mapping[str, jax.Array]:
+        del content
+        return canvases
+
+    def leave(
+        self, streams: Mapping[str, jax.Array], canvases: Mapping[str, jax.Array], content: Content
+    ) -> Mapping[str, jax.Array]:
+        del canvases, content
+        return streams
+
+    def calls(self, grid: Grid, content: Content = None) -> tuple[Call, ...]:
+        del content
         ids = grid.ids()
         tokens = tuple(Tokens(stream, ("image", stream), ids[stream]) for stream in ("text", "image"))
         return (Call((KeySet(tokens, tokens),), ("scatter", "scatter")),)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from sega_jax.positional.rope import Rope, magnitudes, phases
 
 StreamKind = Literal["text", "image"]
 Reduction = Literal["scatter", "mean"]
+Content = Any  # a pytree of arrays: what of a layout is traced
 
 
 @dataclass(frozen=True)
@@ -105,17 +106,39 @@ class Call:
 
 @runtime_checkable
 class Layout(Protocol):
-    """Where tokens sit and whom they see, for a geometry."""
+    """Where tokens sit and whom they see, for a geometry.
+
+    The object itself is static (hashable, part of what is compiled): names, sizes, capacities.  Whatever may change
+    without compiling again (regions, jitter offsets, cached tokens) is ``content``, a pytree of arrays handed to
+    `Velocity.advance` with every step; each of its arrays has a leading axis of the batch size or of 1, and is
+    repeated with the batch under true guidance.  Layouts without any are called with None.
+
+    A canvas is a whole picture of latents; a sampler's latents are one array (the canvas ``"image"``) or a dict of
+    canvases by name, of which the largest one has the step's grid.
+    """
 
     name: str
 
     def streams(self) -> tuple[Stream, ...]: ...
 
     def grids(self, grid: Grid) -> dict[str, Grid]:
-        """Grids that positional encodings are asked for; a call's tokens name one of them."""
+        """Grids that positional encodings are asked for; a call's tokens name one of them.
+
+        Statistics of the latent are measured on the canvas of that name, or on the only one.
+        """
         ...
 
-    def calls(self, grid: Grid) -> tuple[Call, ...]: ...
+    def enter(self, canvases: Mapping[str, jax.Array], content: Content) -> Mapping[str, jax.Array]:
+        """Canvases as tokens, row by row [B, H W, C], to the model's image streams [B, N, C]."""
+        ...
+
+    def leave(
+        self, streams: Mapping[str, jax.Array], canvases: Mapping[str, jax.Array], content: Content
+    ) -> Mapping[str, jax.Array]:
+        """Image streams to canvases as tokens, shaped as ``canvases`` (names may be left out): `enter` turned round."""
+        ...
+
+    def calls(self, grid: Grid, content: Content) -> tuple[Call, ...]: ...
 
 
 def _table(rope: Rope, ids: ArrayLike) -> Table:

@@ -6,6 +6,7 @@ method class): sigma, guidance, spectra and the method's numbers are traced.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from jax.typing import ArrayLike
 from sega_jax import positional as pe
 from sega_jax.geometry import Grid
 from sega_jax.layouts.blocks import Leaf
-from sega_jax.layouts.streams import Layout, bind
+from sega_jax.layouts.streams import Content, Layout, bind
 from sega_jax.models.flux import pack, unpack
 
 
@@ -55,32 +56,46 @@ def _repeat_samples(rope: pe.Rope, batch: int) -> pe.Rope:
     return jax.tree.map(twice, rope)
 
 
+Latents = jax.Array | Mapping[str, jax.Array]  # one canvas [B, H, W, C], or canvases by name
+
+
+def _canvases(latents: Latents) -> Mapping[str, jax.Array]:
+    return latents if isinstance(latents, Mapping) else {"image": latents}
+
+
+def largest(latents: Latents) -> jax.Array:
+    """The canvas with most pixels."""
+    return max(_canvases(latents).values(), key=lambda x: x.shape[1] * x.shape[2])
+
+
 @partial(jax.jit, static_argnames=("graphdef", "layout", "grid", "dtype", "backend"))
 def predict(
     params: nnx.State,
     method: pe.Method,
-    latents: jax.Array,
+    latents: Latents,
     sigma: jax.Array,
     conditioning: Conditioning,
     step: jax.Array,
     state: Any,
+    content: Content,
     *,
     graphdef: nnx.GraphDef,
     layout: Layout,
     grid: Grid,
     dtype: str,
     backend: str = "auto",
-) -> tuple[jax.Array, Any]:
+) -> tuple[Latents, Any]:
     """Velocity ``noise - clean`` at one noise level, and the method's next state.
 
     Args:
         params: transformer parameters.
         method: positional method, in traceable form (`positional.traceable`).
-        latents: model-scale latents, f32 [B, H, W, C].
+        latents: model-scale latents, f32 [B, H, W, C], or a layout's canvases of them by name.
         sigma: noise level, f32 scalar.
         conditioning: prompts and guidance.
         step: i32 scalar, index of the step.
-        state: the method's memory, or None.
+        state: the method's memory by the name of the layout's grid, or None.
+        content: what of the layout is traced, or None.
         graphdef: structure of the transformer.
         layout: where tokens sit and whom they see.
         grid: token grid.
@@ -88,40 +103,49 @@ def predict(
         backend: attention kernel.
     """
     model = nnx.merge(graphdef, params)
-    batch = latents.shape[0]
-    tokens = pack(latents.astype(jnp.float32))
+    batch = largest(latents).shape[0]
+    canvases = {name: pack(x.astype(jnp.float32)) for name, x in _canvases(latents).items()}
     # The embedder is affine, so its output averaged over channels is the latent times this vector (sega.md §4.1).
     probe = model.image_embed.kernel[...].astype(jnp.float32).mean(-1)
 
-    ropes, new_state = {}, state
+    ropes, new_state = {}, {}
     for name, rope_grid in layout.grids(grid).items():
-        spectrum = pe.statistic(method, tokens, rope_grid, probe)
-        signals = pe.Signals(sigma=sigma, spectrum=spectrum, step=step, state=state)
+        canvas = canvases[name] if name in canvases else pack(largest(latents).astype(jnp.float32))
+        spectrum = pe.statistic(method, canvas, rope_grid, probe)
+        memory = None if state is None else state[name]
+        signals = pe.Signals(sigma=sigma, spectrum=spectrum, step=step, state=memory)
         ropes[name] = method(rope_grid, signals)
-        new_state = pe.next_state(method, rope_grid, signals)
+        new_state[name] = pe.next_state(method, rope_grid, signals)
 
+    tokens = layout.enter(canvases, content)
+    shared = content  # of the rows with and without the prompt
     text, pooled = conditioning.text, conditioning.pooled
     guided = conditioning.negative is not None
     if guided:
         text = jnp.concatenate([text, conditioning.negative[0]])
         pooled = jnp.concatenate([pooled, conditioning.negative[1]])
-        tokens = _twice(tokens)
+        tokens = {name: _twice(x) for name, x in tokens.items()}
+        shared = jax.tree.map(lambda x: _twice(x) if x.shape[0] == batch > 1 else x, content)
         ropes = {n: {k: _repeat_samples(rope, batch) for k, rope in r.items()} for n, r in ropes.items()}
-    rows = tokens.shape[0]
+    rows = text.shape[0]
     guidance = conditioning.guidance
-    velocity = model(
-        {"text": text.astype(dtype), "image": tokens.astype(dtype)},
+    streams = model(
+        {"text": text.astype(dtype)} | {name: x.astype(dtype) for name, x in tokens.items()},
         jnp.broadcast_to(sigma, (rows,)),
         pooled,
         None if guidance is None else jnp.broadcast_to(guidance, (rows,)),
-        bind(layout.calls(grid), ropes),
+        bind(layout.calls(grid, shared), ropes),
         streams=layout.streams(),
         backend=backend,
-    )["image"].astype(jnp.float32)
+    )
+    streams = {name: x.astype(jnp.float32) for name, x in streams.items()}
     if guided:
-        positive, negative = velocity[:batch], velocity[batch:]
-        velocity = negative + conditioning.true_guidance * (positive - negative)
-    return unpack(velocity, grid.height, grid.width), new_state
+        halves = {name: (x[:batch], x[batch:]) for name, x in streams.items()}
+        streams = {name: n + conditioning.true_guidance * (p - n) for name, (p, n) in halves.items()}
+    sides = {name: (x.shape[1] // 2, x.shape[2] // 2) for name, x in _canvases(latents).items()}
+    left = layout.leave(streams, canvases, content)
+    velocity = {name: unpack(x, *sides[name]) for name, x in left.items()}
+    return (velocity if isinstance(latents, Mapping) else velocity["image"]), new_state
 
 
 @jax.jit
@@ -168,16 +192,23 @@ class Velocity:
     dtype: str
     backend: str = "auto"
 
-    def grid(self, latents: jax.Array, conditioning: Conditioning) -> Grid:
-        """The token grid of these latents."""
-        return self.spec_grid(latents.shape[1], latents.shape[2], conditioning.text.shape[1])
+    def grid(self, latents: Latents, conditioning: Conditioning) -> Grid:
+        """The token grid of these latents, or of the largest of several canvases."""
+        canvas = largest(latents)
+        return self.spec_grid(canvas.shape[1], canvas.shape[2], conditioning.text.shape[1])
 
-    def initial_state(self, latents: jax.Array, conditioning: Conditioning) -> Any:
-        """The positional method's memory before the first step; None for methods without."""
-        return pe.initial_state(self.method, self.grid(latents, conditioning), latents.shape[0])
+    def initial_state(self, latents: Latents, conditioning: Conditioning) -> Any:
+        """The positional method's memory before the first step, by grid of the layout; None for methods without."""
+        grids = self.layout.grids(self.grid(latents, conditioning))
+        rows = largest(latents).shape[0]
+        return {name: pe.initial_state(self.method, grid, rows) for name, grid in grids.items()}
 
-    def advance(self, params, latents, sigma, conditioning, step=0, state=None) -> tuple[jax.Array, Any]:
-        """Velocity and the method's next state; for methods that remember, or read the step index."""
+    def advance(self, params, latents, sigma, conditioning, step=0, state=None, content=None) -> tuple[Latents, Any]:
+        """Velocity and the method's next state.
+
+        For methods that remember or read the step index, and for layouts with several canvases or traced ``content``
+        (see `layouts.streams.Layout`); other arguments as in `predict`.
+        """
         return predict(
             params,
             pe.traceable(self.method),
@@ -186,6 +217,7 @@ class Velocity:
             conditioning,
             jnp.asarray(step, jnp.int32),
             state,
+            content,
             graphdef=self.graphdef,
             layout=self.layout,
             grid=self.grid(latents, conditioning),
