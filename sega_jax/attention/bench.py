@@ -8,12 +8,11 @@ they do not depend on what else runs.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sega_jax.attention.local import Request, choose, kernels
+from sega_jax.attention.local import Request, choose, kernels, tiles
 from sega_jax.layouts.windows import block_map
 
 PATTERNS = ("dense", "scale-dit-k", "scale-dit-p", "scalediff")
@@ -94,7 +93,7 @@ def _torch_attention(request: Request) -> Callable[[], object] | None:
         import torch
     except ImportError:
         return None
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(tiles.threads())
     kind = getattr(torch, request.q.dtype.name)
     q, k, v = (
         torch.from_numpy(np.array(x, np.float32)).to(kind).transpose(1, 2).contiguous()
@@ -135,6 +134,22 @@ def _once(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
+def _compiled(request: Request, run: Callable) -> partial:
+    """The compiled kernel with the request's arrays; its ``func`` is the executable."""
+    q, k, v = request.q, request.k, request.v
+    compiled = jax.jit(lambda q, k, v: run(replace(request, q=q, k=k, v=v))).lower(q, k, v).compile()
+    return partial(compiled, q, k, v)
+
+
+def _fastest(runs: dict, rounds: int) -> dict:
+    """Wall and processor seconds of the fastest round of each, all in turn after one round to warm up."""
+    times = {name: [_once(run)] for name, run in runs.items()}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(_once(run))
+    return {name: tuple(min(t[i] for t in seen[1:]) for i in (0, 1)) for name, seen in times.items()}
+
+
 def measure(case: Case, backends: tuple[str, ...] | None = None, rounds: int = 5) -> list[Row]:
     """Time every backend that serves the case (or those named), the peers, and a matrix product."""
     request, pairs = case.request()
@@ -144,13 +159,8 @@ def measure(case: Case, backends: tuple[str, ...] | None = None, rounds: int = 5
     errors: dict[str, float] = {}
     for name in names:
         kernel, _ = choose(request, name)
-        compiled = (
-            jax.jit(lambda q, k, v, run=kernel.run: run(replace(request, q=q, k=k, v=v)))
-            .lower(request.q, request.k, request.v)
-            .compile()
-        )
-        runs[name] = lambda compiled=compiled: compiled(request.q, request.k, request.v)
-        memory = compiled.memory_analysis()
+        runs[name] = _compiled(request, kernel.run)
+        memory = runs[name].func.memory_analysis()
         temporary[name] = None if memory is None else int(memory.temp_size_in_bytes)
         errors[name] = _error(request, runs[name]()[0])
     if (peer := _torch_attention(request)) is not None:
@@ -160,13 +170,7 @@ def measure(case: Case, backends: tuple[str, ...] | None = None, rounds: int = 5
     square = jnp.ones((size, size), case.dtype)
     product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     runs["matmul"] = lambda: product(square)
-    for run in runs.values():
-        _once(run)
-    times = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(_once(run))
-    best = {name: tuple(min(t[i] for t in seen) for i in (0, 1)) for name, seen in times.items()}
+    best = _fastest(runs, rounds)
     rate = 2 * size**3 / best["matmul"][0]
     flops = 4 * pairs * case.heads * case.depth
     everything = request.q.shape[0] * request.q.shape[1] * request.k.shape[1]
@@ -188,21 +192,6 @@ def measure(case: Case, backends: tuple[str, ...] | None = None, rounds: int = 5
     ]
 
 
-def device_name() -> str:
-    """Name of the first device as a file name; CPUs by architecture."""
-    device = jax.devices()[0]
-    name = platform.machine() + "-cpu" if device.platform == "cpu" else device.device_kind
-    return name.lower().replace(" ", "-").replace("/", "-")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def _commit(folder: Path) -> str | None:
     asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
     return asked.stdout.strip() or None
@@ -215,22 +204,51 @@ def _version(package: str) -> str | None:
         return None
 
 
-def report(rows: list[Row], folder: Path) -> Path:
-    """Write ``attention-<device>.json``: rows with machine, versions and commit."""
-    path = folder / f"attention-{device_name()}.json"
-    packages = ("jax", "jaxlib", "libtpu", "torch", "numpy")
-    record = {
+def provenance() -> dict:
+    """Machine, versions and commit of a measurement."""
+    packages = ("jax", "jaxlib", "libtpu", "tokamax", "torch", "numpy")
+    return {
         "device": jax.devices()[0].device_kind,
-        "processor": _processor(),
-        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": tiles.processor(),
+        "threads": tiles.threads(),
         "versions": {p: v for p in packages if (v := _version(p))},
         "commit": _commit(Path(__file__).parent),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "rows": [asdict(row) for row in rows],
     }
+
+
+def report(rows: list[Row], folder: Path) -> Path:
+    """Write ``attention-<device>.json``: rows with machine, versions and commit."""
+    path = folder / f"attention-{tiles.device_name()}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps({**provenance(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     return path
+
+
+def tune(case: Case, backends: tuple[str, ...] | None = None, rounds: int = 5) -> list[tiles.Entry]:
+    """The fastest tile of every kernel that has a choice and serves the case (or of those named).
+
+    Raises:
+        ValueError: a case under a block map, whose blocks are its layout's.
+    """
+    if case.pattern != "dense":
+        raise ValueError(f"pattern {case.pattern!r}: tiles are measured on dense cases; a block map brings its own")
+    request, _ = case.request()
+    names = backends or tuple(kernels())
+    found = []
+    for name in names:
+        kernel = kernels()[name]
+        if kernel.tilings is None or kernel.supports(request):
+            continue
+        choices = kernel.tilings(request)
+        runs = {tile: _compiled(request, partial(kernel.run, tile=tile)) for tile in choices}
+        best = {tile: seconds for tile, (seconds, _) in _fastest(runs, rounds).items()}
+        if best:
+            tile = min(best, key=best.get)
+            keys = request.k.shape[1]
+            entry = (name, case.dtype, case.depth, keys, tile, best[tile], choices[0], best[choices[0]])
+            found.append(tiles.Entry(*entry))
+    return found
 
 
 def line(row: Row) -> str:
@@ -244,3 +262,12 @@ def line(row: Row) -> str:
     rate = f"{row.seconds:.3f} s, {row.teraflops:.3f} TFLOP/s, {row.of_matmul:.2f} of a matmul"
     rest = f"occupancy {row.occupancy:.3f}, error {row.error:.1e}"
     return f"{what}: {rate}, {rest}" + (f"; speed {against}" if against else "")
+
+
+def tile_line(entry: tiles.Entry) -> str:
+    """One measured tile for the terminal."""
+    ratio = entry.heuristic_seconds / entry.seconds
+    return (
+        f"{entry.kernel}, {entry.dtype}, head size {entry.depth}, {entry.keys} keys: tile {entry.tile} in "
+        f"{entry.seconds:.4f} s, {ratio:.2f}x the heuristic {entry.heuristic_tile}"
+    )

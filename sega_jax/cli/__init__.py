@@ -1,4 +1,4 @@
-"""The command line: ``sega-jax generate | decode | convert | inspect | methods | doctor``.
+"""The command line: ``sega-jax generate | decode | convert | inspect | methods | bench | doctor``.
 
 Each verb is a frozen dataclass of its options with ``run()``, which is also the Python API::
 
@@ -24,10 +24,11 @@ _VERBS = {
     "convert": "Convert",
     "inspect": "Inspect",
     "methods": "Methods",
+    "bench": "Bench",
     "doctor": "Doctor",
 }
 
-__all__ = ["Convert", "Decode", "Doctor", "Generate", "Inspect", "Methods", "main"]
+__all__ = ["Bench", "Convert", "Decode", "Doctor", "Generate", "Inspect", "Methods", "main"]
 
 
 def __getattr__(name: str):

@@ -30,6 +30,9 @@ class Request:
     block_map: BlockMap | None = None
 
 
+Tile = tuple[int, int]  # queries and keys treated together
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why a kernel cannot serve a request."""
@@ -43,11 +46,15 @@ class Kernel:
 
     ``out`` is [B, Nq, H, Dv] in the dtype of q.  ``lse`` is f32 [B, Nq, H], the natural logarithm of the full
     softmax denominator.  A query without any key gets out 0 and lse -inf.
+
+    A kernel with sizes to choose gives the ``tilings`` of a dense request, its heuristic's first, and takes one of
+    them in ``run(request, tile=...)``; without it, it takes the measured one (`tiles.tuned`), else the heuristic's.
     """
 
     name: str
     supports: Callable[[Request], Refusal | None]
-    run: Callable[[Request], tuple[jax.Array, jax.Array]]
+    run: Callable[..., tuple[jax.Array, jax.Array]]
+    tilings: Callable[[Request], tuple[Tile, ...]] | None = None
 
 
 def accumulator(dtype) -> np.dtype:

@@ -24,11 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sega_jax.attention.local import xla
-from sega_jax.attention.local.contract import Kernel, Refusal, Request
+from sega_jax.attention.local.contract import Kernel, Refusal, Request, Tile
+from sega_jax.attention.local.tiles import tuned
 from sega_jax.layouts.blocks import BlockMap
 
 HEAD_SIZES = (64, 128)
-DENSE_TILE = (1_024, 1_024)  # queries and keys of a dense visit
+# queries and keys of a dense visit, the heuristic first; v5e has VMEM for no more than 1,024 x 2,048
+DENSE_TILES = ((1_024, 1_024), (512, 1_024), (1_024, 512), (512, 2_048), (2_048, 512), (1_024, 2_048), (2_048, 1_024))
 COMPUTE = 512  # keys whose scores are alive at once
 SCORES = 2**18  # of one visit of small blocks, by treating several heads in it
 UNROLL = 4
@@ -231,7 +233,7 @@ def _heads_together(heads: int, scores: int) -> int:
     return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * scores <= SCORES))
 
 
-def _forward(q, k, v, lengths, blocks: BlockMap | None, visits, scale: float, interpret, tile: tuple[int, int]):
+def _forward(q, k, v, lengths, blocks: BlockMap | None, visits, scale: float, interpret, tile: Tile):
     batch, queries, heads, depth = q.shape
     keys, width = k.shape[1], v.shape[-1]
     block_q, block_k = tile if blocks is None else (blocks.block_q, blocks.block_k)
@@ -337,13 +339,20 @@ def _forward(q, k, v, lengths, blocks: BlockMap | None, visits, scale: float, in
     return out.swapaxes(1, 2), lse[:, :, 0].swapaxes(1, 2)
 
 
-def run(request: Request, interpret=False, tile: tuple[int, int] = DENSE_TILE) -> tuple[jax.Array, jax.Array]:
+def tilings(request: Request) -> tuple[Tile, ...]:
+    """Tiles of a dense request."""
+    del request
+    return DENSE_TILES
+
+
+def run(request: Request, interpret=False, tile: Tile | None = None) -> tuple[jax.Array, jax.Array]:
     """Serve a request; the backward pass is the chunked one of `xla`.
 
     Args:
         interpret: as of ``pallas_call``, to run on a CPU.
-        tile: queries and keys of a dense visit.
+        tile: queries and keys of a dense visit; default the measured one, else the heuristic's.
     """
+    tile = tile or tuned("tpu", request) or DENSE_TILES[0]
     refusal = _shape_refusal(request)
     if refusal is not None:
         raise ValueError(f"attention kernel for TPU: {refusal.reason}")
@@ -357,4 +366,4 @@ def run(request: Request, interpret=False, tile: tuple[int, int] = DENSE_TILE) -
     return xla.with_backward(forward)(request)
 
 
-KERNEL = Kernel("tpu", supports, run)
+KERNEL = Kernel("tpu", supports, run, tilings)

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from sega_jax.attention.local.contract import Kernel, Refusal, Request, accumulator
+from sega_jax.attention.local.contract import Kernel, Refusal, Request, Tile, accumulator
+from sega_jax.attention.local.tiles import tuned
 from sega_jax.layouts.blocks import BlockMap
 
 ALIGN = 128
@@ -383,9 +384,21 @@ def with_backward(forward: Callable) -> Callable:
     return run
 
 
-def run(request: Request, plan: Plan | None = None) -> tuple[jax.Array, jax.Array]:
-    """Serve a request; the plan defaults to the one for the default device."""
-    plan = plan or _plan()
+def tilings(request: Request) -> tuple[Tile, ...]:
+    """Chunks of a dense request where planes are treated separately; elsewhere there is one way."""
+    del request
+    if not _plan().separate:
+        return ()
+    return tuple((scores // keys, keys) for scores in (CPU.scores, CPU.scores // 4) for keys in (4_096, 2_048, 1_024))
+
+
+def run(request: Request, plan: Plan | None = None, tile: Tile | None = None) -> tuple[jax.Array, jax.Array]:
+    """Serve a request; the plan defaults to the one for the default device, with the measured chunks if there are."""
+    if plan is None:
+        plan = _plan()
+        tile = tile or (tuned("xla", request) if plan.separate else None)
+    if tile is not None:
+        plan = replace(plan, scores=tile[0] * tile[1], keys=tile[1])
     q, k, v, scale, blocks = request.q, request.k, request.v, request.scale, request.block_map
     if not scale > 0:  # the running maximum is taken before scaling
         q, scale = (q.astype(accumulator(q.dtype)) * scale).astype(q.dtype), 1.0
@@ -397,4 +410,4 @@ def run(request: Request, plan: Plan | None = None) -> tuple[jax.Array, jax.Arra
     return out[:, :queries], lse[:, :queries]
 
 
-KERNEL = Kernel("xla", supports, run)
+KERNEL = Kernel("xla", supports, run, tilings)
