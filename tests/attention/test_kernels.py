@@ -25,6 +25,7 @@ from sega_jax.attention.local import (
     reference,
     register,
     splash,
+    tokamax,
     tpu,
     xla,
 )
@@ -363,6 +364,19 @@ def test_splash_interpreted(lengths):
     check(out, lse, request, visible)
 
 
+@pytest.mark.skipif(not tokamax._installed(), reason="tokamax is not installed (extra `kernels`, Python >= 3.12)")
+def test_tokamax_at_our_contract(monkeypatch):
+    """Its plain operator, which any device runs, stands for the kernels."""
+    monkeypatch.setattr(tokamax, "OPERATORS", {"cpu": "xla"})
+
+    def body(case):
+        request, visible = case.request()
+        with jax.numpy_dtype_promotion("standard"):  # jax lowers its products of stated accuracy only so
+            check(*compiled(tokamax.run, request), request, visible)
+
+    over(cases().filter(lambda case: case.block is None and not case.large), 12, body)
+
+
 def test_splash_without_keys():
     x = jnp.ones((1, 128, 1, 64))
     request = Request(x, x, x, 1.0, jnp.zeros((1,), jnp.int32))
@@ -408,6 +422,9 @@ def test_device_kernels_refuse_elsewhere_and_say_why():
         "tpu: refused, it runs on TPU, the default device is cpu",
         "xla: chosen",
         "reference: would serve",
+        "tokamax: refused, it runs on GPU and TPU, the default device is cpu"
+        if tokamax._installed()
+        else "tokamax: refused, tokamax is not installed (extra `kernels`, Python >= 3.12)",
     ]
     with pytest.raises(ValueError, match=r"head sizes \(64, 128\), got 96 for q"):
         tpu.run(Request(jnp.zeros((1, 8, 1, 96)), jnp.zeros((1, 8, 1, 96)), jnp.zeros((1, 8, 1, 64)), 1.0))
