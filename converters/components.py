@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converters.cover import check_cover
 from converters.errors import CheckpointError, CoverageError
-from converters.families import BY_NAME, FAMILIES, Family, Shapes, slot_name
+from converters.families import BY_NAME, FAMILIES, Family, Shapes
 from converters.formats import PICKLE_SUFFIXES, choose_weights, read_json, read_pipeline
 from converters.gguf import GgufSource, is_gguf
 from converters.keymap import Slot, Tensor, canonical
@@ -110,33 +111,6 @@ class Checkpoint:
         self.close()
 
 
-def check_cover(tensors: Sequence[Tensor], source: Source, where: str) -> None:
-    """Every source tensor used exactly once, none missing, shapes as the map says, no slot filled twice.
-
-    Raises:
-        CoverageError: listing all problems at once.
-    """
-    problems: list[str] = []
-    available, used, filled = set(source.keys()), set(), set()
-    for tensor in tensors:
-        if tensor.source in used:
-            problems.append(f"used twice: {tensor.source}")
-        used.add(tensor.source)
-        if tensor.source not in available:
-            problems.append(f"missing: {tensor.source} {tensor.shape}")
-        elif source.shape(tensor.source) != tensor.shape:
-            problems.append(f"wrong shape: {tensor.source} is {source.shape(tensor.source)}, expected {tensor.shape}")
-        for slot in tensor.slots:
-            if slot in filled:
-                problems.append(f"filled twice: {slot_name(slot)}")
-            filled.add(slot)
-    problems += [f"not recognised: {name} {source.shape(name)}" for name in sorted(available - used)]
-    if problems:
-        shown = "\n  ".join(problems[:40])
-        more = f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else ""
-        raise CoverageError(f"{where} does not match its model ({len(problems)} problems):\n  {shown}{more}")
-
-
 def _recognise(names: Collection[str], shapes: Shapes) -> tuple[Family, str] | None:
     for family in FAMILIES:
         known = canonical(names, family.rename)
@@ -179,7 +153,7 @@ def _part(source: Source, where: str, folder: Path | None, recorded: Mapping[str
     _check_counts(config, len(names), where)
     named = NamedSource(source, aliases)
     tensors = family.tensors(config, layout)
-    check_cover(tensors, named, where)
+    check_cover(tensors, named, where=where)
     named.check_aliases()
     origin, names_there = layout, aliases
     if orbax:
@@ -337,6 +311,26 @@ def open_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> Checkpoi
         raise
     layout = "orbax" if all(part.layout == "orbax" for part in parts.values()) else "diffusers"
     return Checkpoint(path, layout, parts, path)
+
+
+def open_component(path: str | Path, name: str) -> Part:
+    """One component of a checkpoint; close its source when done.
+
+    Args:
+        path: anything `open_checkpoint` takes.
+        name: ``transformer``, ``vae``, ``text_encoder`` or ``text_encoder_2``.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`, or there is no such component in it.
+    """
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        path = path / name
+    checkpoint = open_checkpoint(path)
+    if name not in checkpoint.parts:
+        checkpoint.close()
+        raise CheckpointError(f"{path}: holds {', '.join(checkpoint.parts)}; expected a {name}")
+    return checkpoint.parts[name]
 
 
 def _folder_of_singles(path: Path, files: Sequence[Path]) -> Checkpoint:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,85 @@ def fold(factors: Factors) -> Factors:
 # -- merging -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Change:
+    """What LoRAs make of one parameter; called with its values, gives float32 in the same order of axes.
+
+    Attributes:
+        terms: functions that give what is added, float32, weights and scales included.
+        replacing: (weight, values) that the parameter moves towards.
+    """
+
+    terms: tuple[Callable[[], np.ndarray], ...]
+    replacing: tuple[tuple[float, np.ndarray], ...]
+
+    def __call__(self, piece: np.ndarray) -> np.ndarray:
+        piece = piece.astype(np.float32)
+        if self.terms:
+            total = self.terms[0]()
+            for term in self.terms[1:]:
+                total = total + term()
+            piece = piece + total
+        for weight, value in self.replacing:
+            piece = piece + np.float32(weight) * (value.astype(np.float32) - piece)
+        return piece
+
+
+def changes(
+    parts: Mapping[str, Part], loras: Sequence[tuple[Lora, float]], where: str | Path = "the checkpoint"
+) -> dict[str, dict[Slot, Change]]:
+    """What LoRAs with their weights make of the parameters of a checkpoint: component -> slot -> change.
+
+    Changes of one parameter are added up before they are added to it, so the order of two LoRAs does not matter.
+    Parameters that keep every bit (weight or scale zero) are left out.
+
+    Raises:
+        CheckpointError: a LoRA is for a component, layer or shape the checkpoint does not have.
+    """
+    problems = [
+        f"{lora.name}: changes the {component}, which is not in {where}"
+        for lora, _ in loras
+        for component in sorted({*lora.factors, *lora.replaced} - parts.keys())
+    ]
+    found = {name: _part_changes(name, part, loras, problems) for name, part in parts.items()}
+    if problems:
+        shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
+        raise CheckpointError(f"the LoRA does not fit {where} ({len(problems)} problems):\n  {shown}")
+    return found
+
+
+def _part_changes(
+    name: str, part: Part, loras: Sequence[tuple[Lora, float]], problems: list[str]
+) -> dict[Slot, Change]:
+    shapes = {
+        slot: shape for tensor in part.tensors for slot, shape in zip(tensor.slots, tensor.piece_shapes(), strict=True)
+    }
+    terms: dict[Slot, list[Callable[[], np.ndarray]]] = {}
+    replacing: dict[Slot, list[tuple[float, np.ndarray]]] = {}
+
+    def fits(lora: Lora, slot: Slot, shape: tuple[int, ...]) -> bool:
+        if slot not in shapes:
+            problems.append(f"{lora.name}: {name} has no {slot_name(slot)}")
+        elif shapes[slot] != shape:
+            hint = (
+                "; a control LoRA that widens the input cannot be merged" if slot.path == "image_embed.kernel" else ""
+            )
+            problems.append(f"{lora.name}: {slot_name(slot)} is {shapes[slot]}, the LoRA is for {shape}{hint}")
+        return shapes.get(slot) == shape
+
+    for lora, weight in loras:
+        for slot, factors in lora.factors.get(name, {}).items():
+            used = bool(weight * factors.scale)  # zero changes no bit
+            if fits(lora, slot, (factors.a.shape[1], factors.b.shape[0])) and used:
+                terms.setdefault(slot, []).append(lambda f=factors, w=weight: np.float32(w) * f.delta().T)
+            if factors.bias is not None and fits(lora, bias_slot(slot), factors.bias.shape) and used:
+                terms.setdefault(bias_slot(slot), []).append(lambda f=factors, w=weight: np.float32(w) * f.delta_bias())
+        for slot, value in lora.replaced.get(name, {}).items():
+            if fits(lora, slot, value.shape) and weight:
+                replacing.setdefault(slot, []).append((weight, value))
+    return {slot: Change(tuple(terms.get(slot, ())), tuple(replacing.get(slot, ()))) for slot in {**terms, **replacing}}
+
+
 def merge(checkpoint: Checkpoint, loras: Sequence[tuple[Lora, float]], dtype: np.dtype | None = None) -> Checkpoint:
     """The checkpoint with LoRAs added to its weights as they are read: ``W + sum(weight x change)``.
 
@@ -147,88 +227,29 @@ def merge(checkpoint: Checkpoint, loras: Sequence[tuple[Lora, float]], dtype: np
         dtype: type of the changed tensors; None keeps theirs.  The sum is made in float32 and rounded once.
 
     Raises:
-        CheckpointError: a LoRA is for a component, layer or shape the checkpoint does not have.
+        CheckpointError: as `changes`.
     """
-    problems: list[str] = []
-    parts = dict(checkpoint.parts)
-    for lora, _ in loras:
-        for component in {*lora.factors, *lora.replaced} - parts.keys():
-            problems.append(f"{lora.name}: changes the {component}, which is not in {checkpoint.path}")
-    for name, part in parts.items():
-        parts[name] = _merge_part(name, part, loras, dtype, problems)
-    if problems:
-        shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
-        raise CheckpointError(f"the LoRA does not fit the checkpoint ({len(problems)} problems):\n  {shown}")
+    wanted = changes(checkpoint.parts, loras, checkpoint.path)
+    parts = {name: _merge_part(part, wanted[name], dtype) for name, part in checkpoint.parts.items()}
     return replace(checkpoint, parts=parts)
 
 
-def _merge_part(
-    name: str, part: Part, loras: Sequence[tuple[Lora, float]], dtype: np.dtype | None, problems: list[str]
-) -> Part:
-    slots = part.slots()
-    shapes = {
-        slot: shape for tensor in part.tensors for slot, shape in zip(tensor.slots, tensor.piece_shapes(), strict=True)
-    }
-    touched: dict[str, Tensor] = {}
-    for lora, _ in loras:
-        wanted = [(slot, (f.a.shape[1], f.b.shape[0])) for slot, f in lora.factors.get(name, {}).items()]
-        wanted += [
-            (bias_slot(slot), (f.b.shape[0],)) for slot, f in lora.factors.get(name, {}).items() if f.bias is not None
-        ]
-        wanted += [(slot, value.shape) for slot, value in lora.replaced.get(name, {}).items()]
-        for slot, shape in wanted:
-            if slot not in slots:
-                problems.append(f"{lora.name}: {name} has no {slot_name(slot)}")
-            elif shapes[slot] != shape:
-                hint = (
-                    "; a control LoRA that widens the input cannot be merged"
-                    if slot.path == "image_embed.kernel"
-                    else ""
-                )
-                problems.append(f"{lora.name}: {slot_name(slot)} is {shapes[slot]}, the LoRA is for {shape}{hint}")
-            else:
-                touched[slots[slot][0].source] = slots[slot][0]
-    if not touched or problems:
-        return part
+def _merge_part(part: Part, wanted: Mapping[Slot, Change], dtype: np.dtype | None) -> Part:
     computed = {}
-    for source_name, tensor in touched.items():
-        stored = part.source.storage(source_name)
-        kind = dtype if dtype is not None and is_float(stored) else stored
-        computed[source_name] = (tensor.shape, kind, _merger(name, part, tensor, loras, kind))
-    return replace(part, source=ComputedSource(part.source, computed))
+    for tensor in part.tensors:
+        if any(slot in wanted for slot in tensor.slots):
+            stored = part.source.storage(tensor.source)
+            kind = dtype if dtype is not None and is_float(stored) else stored
+            computed[tensor.source] = (tensor.shape, kind, partial(_merged, part, tensor, wanted, kind))
+    return replace(part, source=ComputedSource(part.source, computed)) if computed else part
 
 
-def _merger(name: str, part: Part, tensor: Tensor, loras: Sequence[tuple[Lora, float]], kind: np.dtype):
-    added: list[tuple[int, float, Callable[[], np.ndarray]]] = []
-    replacing: list[tuple[int, float, np.ndarray]] = []
-    for lora, weight in loras:
-        factors = {k: f for k, f in lora.factors.get(name, {}).items() if weight * f.scale}  # zero changes no bit
-        biases = {bias_slot(k): f for k, f in factors.items() if f.bias is not None}
-        values = lora.replaced.get(name, {}) if weight else {}
-        for i, slot in enumerate(tensor.slots):
-            if slot in factors:
-                added.append((i, weight, lambda f=factors[slot]: f.delta().T))
-            if slot in biases:
-                added.append((i, weight, biases[slot].delta_bias))
-            if slot in values:
-                replacing.append((i, weight, values[slot]))
-
-    def read() -> np.ndarray:
-        stored = part.source.view(tensor.source)
-        if not added and not replacing:
-            return stored if stored.dtype == kind else cast(stored, kind, tensor.source)
-        pieces = [piece.astype(np.float32) for piece in tensor.pieces(stored)]
-        changes: dict[int, np.ndarray] = {}
-        for i, weight, change in added:
-            term = np.float32(weight) * change()
-            changes[i] = changes[i] + term if i in changes else term
-        for i, change in changes.items():
-            pieces[i] = pieces[i] + change
-        for i, weight, value in replacing:
-            pieces[i] = pieces[i] + np.float32(weight) * (value.astype(np.float32) - pieces[i])
-        return cast(np.ascontiguousarray(tensor.assemble(pieces)), kind, tensor.source)
-
-    return read
+def _merged(part: Part, tensor: Tensor, wanted: Mapping[Slot, Change], kind: np.dtype) -> np.ndarray:
+    pieces = [
+        wanted[slot](piece) if slot in wanted else piece.astype(np.float32)
+        for slot, piece in zip(tensor.slots, tensor.pieces(part.source.view(tensor.source)), strict=True)
+    ]
+    return cast(np.ascontiguousarray(tensor.assemble(pieces)), kind, tensor.source)
 
 
 def inverse_rows(ops: Sequence[str], b: np.ndarray) -> np.ndarray:

@@ -245,7 +245,7 @@ def _complaint(where: str, unknown: list[str], partial: list[str], any_known: bo
         lines.append(f"{len(unknown)} keys of no known module: {', '.join(sorted(unknown)[:10])}")
     if partial:
         lines.append(f"{len(partial)} keys without their other half: {', '.join(sorted(partial)[:10])}")
-    return "\n  ".join([*lines, "pass --ignore-unknown to use the rest"])
+    return "\n  ".join([*lines, "--ignore-unknown of `sega-jax convert` and `python -m converters lora` uses the rest"])
 
 
 def _refuse_other_methods(keys: Iterable[str], where: str, adapter: Mapping[str, Any]) -> None:

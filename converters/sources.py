@@ -18,6 +18,7 @@ import numpy as np
 
 from converters.errors import CheckpointError
 from converters.formats import SafetensorsSource, read_json, weight_paths
+from converters.keymap import Rename, canonical
 
 # safetensors' spelling -> numpy
 STORAGE: dict[str, np.dtype] = {
@@ -158,6 +159,41 @@ class NamedSource:
 
     def close(self) -> None:
         self._source.close()
+
+
+class ArraySource:
+    """Tensors already in memory."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self._arrays = arrays
+        self.files: tuple[Path, ...] = ()
+        self.metadata: Mapping[str, str] = {}
+
+    def keys(self) -> list[str]:
+        return list(self._arrays)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._arrays[name].shape)
+
+    def storage(self, name: str) -> np.dtype:
+        return self._arrays[name].dtype
+
+    def view(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def close(self) -> None:
+        pass
+
+
+def renamed(source: Source, rename: Rename) -> NamedSource:
+    """A source under the names a key map uses: aliases translated, tensors to ignore hidden.
+
+    Raises:
+        CheckpointError: two names of one tensor hold different values.
+    """
+    named = NamedSource(source, canonical(source.keys(), rename))
+    named.check_aliases()
+    return named
 
 
 class ComputedSource:

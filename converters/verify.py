@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.components import Checkpoint, Part, open_checkpoint, slot_name
+from converters.components import Checkpoint, Part, open_checkpoint
 from converters.errors import CheckpointError
+from converters.families import slot_name
 from converters.keymap import Slot
 from converters.sources import is_float
 from converters.stream import Progress, all_finite, blocks, contiguous, default_workers, in_parallel

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from converters.components import Part, open_component
 from converters.errors import CheckpointError
-from converters.formats import Kind, detect, open_tensors, read_json
-from converters.keymap import Dims, Rename, Row
-from converters.keymaps import clip as clip_keys
-from converters.keymaps import flux as flux_keys
-from converters.keymaps import t5 as t5_keys
-from converters.keymaps import vae as vae_keys
+from converters.formats import read_json
+from converters.keymap import Slot
+from converters.lora import changes
 from sega_jax import checkpoint
-from sega_jax.checkpoint import TensorSource
+from sega_jax.checkpoint import Change, Shardings
 from sega_jax.geometry import RopeSpec
 from sega_jax.models.clip import ClipConfig, ClipTextEncoder
 from sega_jax.models.flux import Flux, FluxConfig
+from sega_jax.models.lora import LoraSpec
 from sega_jax.models.t5 import T5Config, T5Encoder
 from sega_jax.models.tokenize import TextTokenizer, load_clip_tokenizer, load_t5_tokenizer
 from sega_jax.models.vae import Vae, VaeConfig
@@ -81,81 +82,59 @@ class Parts(Outline):
     vae: Component
 
 
-def _configured(what: Path, build: Callable[[Mapping], Any]) -> tuple[Any, dict]:
+def _configured(what: Path, build: Callable[[Mapping], Any]) -> Any:
     """A configuration object from a JSON file, with the file named in any complaint."""
     config = read_json(what)
     try:
-        return build(config), config
+        return build(config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{what}: {error}") from error
 
 
-def _flux_map(path: Path) -> tuple[FluxConfig, Sequence[Row], Dims]:
-    """Configuration and key map of a FLUX.1 transformer; reads no tensors."""
+def _flux_config(path: Path) -> FluxConfig:
+    """Configuration of a FLUX.1 transformer; of a folder, its ``config.json`` is enough."""
     if path.is_dir():
-        config, raw = _configured(path / "config.json", FluxConfig.from_dict)
-        return config, flux_keys.DIFFUSERS, flux_keys.dims({**config.to_dict(), **raw})
-    kind = detect(path).kind
-    if kind is not Kind.BFL_TRANSFORMER:
-        raise CheckpointError(f"{path}: expected a Black Forest Labs FLUX.1 transformer, found {kind.value}")
-    with open_tensors(path) as source:
-        raw = flux_keys.config_from_bfl({name: source.shape(name) for name in source.keys()})  # noqa: SIM118
-    return FluxConfig.from_dict(raw), flux_keys.BFL, flux_keys.dims(raw)
-
-
-def load_flux_transformer(path: Path, dtype: DTypeLike) -> tuple[Component, FluxConfig]:
-    """A FLUX.1 transformer from a diffusers component folder or a Black Forest Labs single file."""
-    config, rows, dims = _flux_map(path)
-    with open_tensors(path) as source:
-        try:
-            module = checkpoint.load(lambda rngs: Flux(config, rngs=rngs), rows, dims, source, dtype=dtype)
-        except CheckpointError as error:
-            raise type(error)(f"{path}: {error}") from error
-    return Component.of(module), config
+        folder = path / "transformer" if (path / "model_index.json").is_file() else path
+        return _configured(folder / "config.json", FluxConfig.from_dict)
+    part = open_component(path, "transformer")
+    part.source.close()
+    try:
+        return FluxConfig.from_dict(part.config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _load(
-    folder: Path,
-    config_class: Any,
+    path: Path,
+    part: Part,
     build: Callable,
-    key_map: Callable[[Any, TensorSource], tuple[Sequence[Row], Dims]],
     dtype: DTypeLike,
-    rename: Rename | None = None,
-) -> tuple[Component, Any]:
-    """A component from its folder; ``key_map`` gives rows and sizes for the configuration and the tensors."""
-    config, raw = _configured(folder / "config.json", config_class.from_dict)
-    with open_tensors(folder) as source:
-        tensors = source if rename is None else checkpoint.RenamedSource(source, rename)
-        rows, dims = key_map({**asdict(config), **raw}, tensors)
-        try:
-            module = checkpoint.load(lambda rngs: build(config, rngs=rngs), rows, dims, tensors, dtype=dtype)
-        except CheckpointError as error:
-            raise type(error)(f"{folder}: {error}") from error
-    return Component.of(module), config
+    shardings: Shardings | None = None,
+    changes: Mapping[Slot, Change] | None = None,
+) -> Component:
+    """A component of any layout `converters` opens; ``path`` names it in errors."""
+    try:
+        module = checkpoint.load_part(
+            lambda rngs: build(rngs=rngs), part, dtype=dtype, shardings=shardings, changes=changes
+        )
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from error
+    return Component.of(module)
 
 
-def _vae_map(config: Mapping, source: TensorSource) -> tuple[Sequence[Row], Dims]:
-    layout = vae_keys.detect({name: source.shape(name) for name in source.keys()})  # noqa: SIM118
-    return vae_keys.rows(config, layout), vae_keys.dims(config)
-
-
-def _text_encoder(folder: Path, config_class: Any, build: Callable, keys: Any, dtype: DTypeLike, tokens: TextTokenizer):
-    component, config = _load(
-        folder, config_class, build, lambda raw, _: (keys.ROWS, keys.dims(raw)), dtype, keys.rename
-    )
+def _check_vocabulary(folder: Path, config: ClipConfig | T5Config, tokens: TextTokenizer) -> None:
     if tokens.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{folder}: {config.vocab_size} token embeddings for a tokenizer of {tokens.vocab_size} tokens; "
             "encoder and tokenizer are of different models"
         )
-    return component
 
 
 def outline_flux(folder: Path, transformer: Path | None = None) -> Outline:
     """The outline of a FLUX.1 pipeline folder; arguments as in `load_flux`."""
-    schedule, _ = _configured(folder / "scheduler" / "scheduler_config.json", Schedule.from_dict)
-    config, _, _ = _flux_map(transformer or folder / "transformer")
-    vae_config, _ = _configured(folder / "vae" / "config.json", VaeConfig.from_dict)
+    schedule = _configured(folder / "scheduler" / "scheduler_config.json", Schedule.from_dict)
+    config = _flux_config(transformer or folder / "transformer")
+    vae_config = _configured(folder / "vae" / "config.json", VaeConfig.from_dict)
     limit = read_json(folder / "tokenizer_2" / "tokenizer_config.json").get("model_max_length", LONGEST_TEXT)
     # schnell alone has neither guidance input nor dynamic shift
     longest = LONGEST_TEXT if config.guidance_embeds or schedule.dynamic else SCHNELL_TEXT_TOKENS
@@ -170,32 +149,63 @@ def outline_flux(folder: Path, transformer: Path | None = None) -> Outline:
     )
 
 
-def load_vae(folder: Path, dtype: DTypeLike) -> tuple[Component, VaeConfig]:
+def load_vae(folder: Path, dtype: DTypeLike, shardings: Shardings | None = None) -> tuple[Component, VaeConfig]:
     """The autoencoder of a pipeline folder, without the rest."""
-    return _load(folder / "vae", VaeConfig, Vae, _vae_map, dtype)
+    config = _configured(folder / "vae" / "config.json", VaeConfig.from_dict)
+    part = open_component(folder / "vae", "vae")
+    with closing(part.source):
+        return _load(folder / "vae", part, partial(Vae, config), dtype, shardings), config
 
 
-def load_flux(folder: Path, dtype: DTypeLike, transformer: Path | None = None) -> Parts:
-    """FLUX.1 (dev, schnell, Krea-dev, nano) from a diffusers folder.
+def load_flux(
+    folder: Path,
+    dtype: DTypeLike,
+    transformer: Path | None = None,
+    shardings: Shardings | None = None,
+    loras: Sequence[LoraSpec] = (),
+) -> Parts:
+    """FLUX.1 (dev, schnell, Krea-dev, nano) from a pipeline folder, each component in diffusers' or Orbax layout.
 
     Args:
         folder: the pipeline folder.
         dtype: of parameters.
-        transformer: weights to use instead of the folder's transformer: a component folder or a BFL single file.
+        transformer: weights to use instead of the folder's transformer: anything `converters` opens that has one
+            (component folder, Orbax folder, single file of Black Forest Labs or ComfyUI, GGUF).
+        shardings: where parameters go, see `checkpoint.fill`; None: the default device.
+        loras: merged into the weights in float32, before the one cast to ``dtype``.
     """
     outline = outline_flux(folder, transformer)
-    dit, _ = load_flux_transformer(transformer or folder / "transformer", dtype)
     clip_tokenizer = load_clip_tokenizer(folder / "tokenizer")
     t5_tokenizer = load_t5_tokenizer(folder / "tokenizer_2", outline.text_tokens)
-    vae, _ = load_vae(folder, dtype)
+    clip_config = _configured(folder / "text_encoder" / "config.json", ClipConfig.from_dict)
+    t5_config = _configured(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
+    _check_vocabulary(folder / "text_encoder", clip_config, clip_tokenizer)
+    _check_vocabulary(folder / "text_encoder_2", t5_config, t5_tokenizer)
+    weights = transformer or folder / "transformer"
+    builds = {
+        "transformer": (weights, partial(Flux, outline.transformer_config)),
+        "text_encoder": (folder / "text_encoder", partial(ClipTextEncoder, clip_config)),
+        "text_encoder_2": (folder / "text_encoder_2", partial(T5Encoder, t5_config)),
+        "vae": (folder / "vae", partial(Vae, outline.vae_config)),
+    }
+    with ExitStack() as stack:
+        parts = {}
+        for name, (path, _) in builds.items():
+            parts[name] = open_component(path, name)
+            stack.callback(parts[name].source.close)
+        wanted = changes(parts, [(lora.read(), lora.weight) for lora in loras], folder)
+        loaded = {
+            name: _load(path, parts[name], build, dtype, shardings, wanted[name])
+            for name, (path, build) in builds.items()
+        }
     return Parts(
         **vars(outline),
-        transformer=dit,
-        clip=_text_encoder(folder / "text_encoder", ClipConfig, ClipTextEncoder, clip_keys, dtype, clip_tokenizer),
-        t5=_text_encoder(folder / "text_encoder_2", T5Config, T5Encoder, t5_keys, dtype, t5_tokenizer),
+        transformer=loaded["transformer"],
+        clip=loaded["text_encoder"],
+        t5=loaded["text_encoder_2"],
         clip_tokenizer=clip_tokenizer,
         t5_tokenizer=t5_tokenizer,
-        vae=vae,
+        vae=loaded["vae"],
     )
 
 
@@ -204,7 +214,7 @@ class Family:
     """How pipelines of a family are read."""
 
     outline: Callable[[Path, Path | None], Outline]
-    load: Callable[[Path, DTypeLike, Path | None], Parts]
+    load: Callable[[Path, DTypeLike, Path | None, Shardings | None, Sequence[LoraSpec]], Parts]
 
 
 FAMILIES: dict[str, Family] = {"FluxPipeline": Family(outline_flux, load_flux)}
@@ -225,10 +235,17 @@ def family_of(folder: Path) -> Family:
     return FAMILIES[name]
 
 
-def load_parts(folder: Path, *, dtype: DTypeLike = jnp.float32, transformer: Path | None = None) -> Parts:
-    """The parts of the pipeline in ``folder``.
+def load_parts(
+    folder: Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    transformer: Path | None = None,
+    shardings: Shardings | None = None,
+    loras: Sequence[LoraSpec] = (),
+) -> Parts:
+    """The parts of the pipeline in ``folder``; arguments as in `load_flux`.
 
     Raises:
         CheckpointError: not a pipeline folder, an unknown family, or a component that does not load.
     """
-    return family_of(folder).load(folder, dtype, transformer)
+    return family_of(folder).load(folder, dtype, transformer, shardings, loras)

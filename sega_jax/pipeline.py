@@ -24,6 +24,7 @@ from sega_jax.hub import resolve
 from sega_jax.images import Image, load_image
 from sega_jax.latents import load_latents
 from sega_jax.layouts.streams import Layout
+from sega_jax.models.lora import LoraSpec, lora_specs
 from sega_jax.models.vae import normalize, sample_posterior
 from sega_jax.models.vae_tiled import encode_tiled
 from sega_jax.planning import Plan, get_layout
@@ -75,12 +76,15 @@ class Pipeline:
         parts: components and configurations.
         source: what `from_pretrained` was asked for.
         dtype: of activations and parameters.
+        backend: attention kernel, or ``"auto"``.
+        loras: merged into the weights.
     """
 
     parts: Parts
     source: str
     dtype: str
     backend: str = "auto"
+    loras: tuple[LoraSpec, ...] = ()
 
     @classmethod
     def from_pretrained(
@@ -90,6 +94,7 @@ class Pipeline:
         dtype: str | None = None,
         transformer: str | os.PathLike[str] | None = None,
         backend: str = "auto",
+        loras: Sequence[Any] = (),
         **hub: Any,
     ) -> Pipeline:
         """Load a pipeline.
@@ -98,9 +103,10 @@ class Pipeline:
             model: a diffusers folder, a hub id, or ``"nano"`` (embedded).
             dtype: ``"bfloat16"`` or ``"float32"`` for parameters and activations; default float32 on CPU,
                 where bfloat16 gains nothing, and bfloat16 elsewhere.
-            transformer: transformer weights to use instead of the folder's: a component folder, or a Black Forest
-                Labs single file.
+            transformer: transformer weights to use instead of the folder's: a component folder of diffusers or Orbax,
+                or a single file of Black Forest Labs or ComfyUI.
             backend: attention kernel, or ``"auto"``.
+            loras: LoRAs of any dialect to merge into the weights: paths, ``"path:weight"`` or (path, weight).
             **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` of `sega_jax.hub.resolve`.
 
         Raises:
@@ -115,7 +121,9 @@ class Pipeline:
         other = None if transformer is None else Path(os.fspath(transformer)).expanduser()
         if other is not None and not other.exists():
             raise ValueError(f"transformer={str(other)!r}: no such folder or file")
-        return cls(load_parts(folder, dtype=dtype, transformer=other), os.fspath(model), dtype, backend)
+        merged = lora_specs(loras)
+        parts = load_parts(folder, dtype=dtype, transformer=other, loras=merged)
+        return cls(parts, os.fspath(model), dtype, backend, merged)
 
     @property
     def params(self) -> nnx.State:
@@ -433,6 +441,7 @@ class Pipeline:
             "dtype": self.dtype,
             "backend": self.backend,
             "model": self.source,
+            **({"loras": [lora.record() for lora in self.loras]} if self.loras else {}),
             **versions(),
         }
 

@@ -1,12 +1,16 @@
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 
+from converters.cover import check_cover
 from converters.errors import CheckpointError, CoverageError
 from converters.keymap import Row, expand
-from sega_jax.checkpoint import ArraySource, RenamedSource, check_cover, load
+from converters.sources import ArraySource, renamed
+from sega_jax.checkpoint import load
+from sega_jax.models.abstract import axes, parameters
 from sega_jax.models.layers import Linear, parameter, stack, zeros
 
 HIDDEN, MLP, LAYERS = 4, 6, 3
@@ -84,15 +88,18 @@ def test_parameters_take_the_dtype_asked_for(tensors):
     np.testing.assert_array_equal(np.asarray(model.head.kernel[...]), expected.astype(np.float32))
 
 
-def test_placement_sees_every_parameter_once(tensors):
+def test_parameters_go_where_their_sharding_says(tensors):
+    """The same values, cut as asked; each parameter is asked about once, with its logical axes."""
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Explicit,))
     seen = {}
 
-    def place(path, array):
+    def shardings(path, param):
         assert path not in seen
-        seen[path] = array.shape
-        return jnp.asarray(array)
+        seen[path] = param.shape
+        spec = jax.P(*("tensor" if name == "embed" else None for name in axes(param)))
+        return None if path == "gain" else jax.sharding.NamedSharding(mesh, spec)
 
-    load(Model, ROWS, DIMS, ArraySource(tensors), place=place)
+    plain, placed = (load(Model, ROWS, DIMS, ArraySource(tensors), **o) for o in ({}, {"shardings": shardings}))
     assert seen == {
         "blocks.query.kernel": (LAYERS, HIDDEN, HIDDEN),
         "blocks.key.kernel": (LAYERS, HIDDEN, HIDDEN),
@@ -102,6 +109,12 @@ def test_placement_sees_every_parameter_once(tensors):
         "head.bias": (2,),
         "gain": (),
     }
+    for path, param in parameters(plain).items():
+        np.testing.assert_array_equal(np.asarray(parameters(placed)[path][...]), np.asarray(param[...]))
+    cut = parameters(placed)["blocks.up.kernel"][...]
+    assert {shard.data.shape for shard in cut.addressable_shards} == {(LAYERS, HIDDEN // 2, MLP)}
+    assert len(cut.sharding.device_set) == 2
+    assert len(parameters(placed)["gain"][...].sharding.device_set) == 1
 
 
 def test_all_problems_of_a_checkpoint_are_reported_together(tensors):
@@ -181,15 +194,15 @@ def test_declared_names_are_one_tensor(tensors, alias):
     source = {f"model.{name}": tensor for name, tensor in tensors.items() if name != "head.bias"}
     source[alias] = expected
     source["position_ids"] = np.arange(5)
-    model = load(Model, ROWS, DIMS, RenamedSource(ArraySource(source), rename))
+    model = load(Model, ROWS, DIMS, renamed(ArraySource(source), rename))
     np.testing.assert_array_equal(model.head.bias[...], expected)
     tensors["head.offset"] = expected.copy()  # under two names, equal
-    model = load(Model, ROWS, DIMS, RenamedSource(ArraySource(tensors), rename))
+    model = load(Model, ROWS, DIMS, renamed(ArraySource(tensors), rename))
     np.testing.assert_array_equal(model.head.bias[...], expected)
 
 
 def test_declared_names_do_not_loosen_the_cover(tensors):
-    source = RenamedSource(ArraySource({**tensors, "model.stranger": np.zeros(1)}), rename)
+    source = renamed(ArraySource({**tensors, "model.stranger": np.zeros(1)}), rename)
     with pytest.raises(CoverageError, match="not recognised: stranger"):
         load(Model, ROWS, DIMS, source)
 
@@ -197,4 +210,4 @@ def test_declared_names_do_not_loosen_the_cover(tensors):
 def test_names_of_one_tensor_that_differ_are_refused(tensors):
     tensors["head.offset"] = tensors["head.bias"] + 1
     with pytest.raises(CheckpointError, match=r"head\.bias and head\.offset are two names of one tensor"):
-        load(Model, ROWS, DIMS, RenamedSource(ArraySource(tensors), rename))
+        load(Model, ROWS, DIMS, renamed(ArraySource(tensors), rename))

@@ -131,6 +131,56 @@ def test_generate_is_the_python_api(make, pipe):
     assert files() == ["out.png"]  # the latents are gone
 
 
+@pytest.fixture
+def lora(tmp_path):
+    """A LoRA of the demo's transformer, in kohya's names."""
+    config = json.loads((resolve("nano") / "transformer" / "config.json").read_text())
+    width = config["attention_head_dim"] * config["num_attention_heads"]
+    random = np.random.default_rng(0)
+    tensors = {}
+    for index in range(config["num_layers"]):
+        stem = f"lora_unet_double_blocks_{index}_img_attn_proj"
+        tensors[f"{stem}.lora_down.weight"] = random.normal(0, 1, (2, width)).astype(np.float32)
+        tensors[f"{stem}.lora_up.weight"] = random.normal(0, 0.2, (width, 2)).astype(np.float32)
+        tensors[f"{stem}.alpha"] = np.array(1, np.float32)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    return tmp_path / "lora.safetensors"
+
+
+def test_loras_change_the_picture_and_are_repeated_from_its_record(make, run, lora):
+    make("--out", "plain.png")
+    make("--out", "zero.png", "--lora", f"{lora}:0")
+    (made,) = make("--out", "half.png", "--lora", f"{lora}:0.25", "--lora", f"{lora}:0.25")["images"]
+    assert [(entry["file"], entry["weight"]) for entry in made["record"]["loras"]] == [(str(lora), 0.25)] * 2
+    assert np.array_equal(pixels("zero.png"), pixels("plain.png"))
+    assert not np.array_equal(pixels("half.png"), pixels("plain.png"))
+    assert "loras" not in read_metadata("plain.png")
+    code, _, err = run("generate", "--from-image", "half.png", "--out", "again.png", "--json")
+    assert code == 0, err
+    assert np.array_equal(pixels("again.png"), pixels("half.png"))
+    make("--out", "once.png", "--lora", f"{lora}:0.5")
+    assert np.abs(pixels("once.png").astype(int) - pixels("half.png")).max() <= 1
+    plan = run("generate", "--from-image", "half.png", "--dry-run")[1]
+    assert f"LoRA {lora} with weight 0.25" in plan
+    tensors = load_file(lora)
+    save_file({name: 2 * value for name, value in tensors.items()}, lora)
+    code, _, err = run("generate", "--from-image", "half.png", "--out", "changed.png")
+    assert (code, "has changed since the picture was made; give --lora" in err) == (2, True)
+
+
+def test_loras_that_cannot_be_used_are_refused(run, lora, tmp_path):
+    words = ("generate", PROMPT, *QUICK, "--lora")
+    for given, message in (("missing.safetensors", "no such file"), (f"{lora}:nan", "finite"), ("", "no such file")):
+        code, _, err = run(*words, given)
+        assert (code, message in err) == (2, True), err
+    tensors = {name.replace("blocks_0", "blocks_17"): value for name, value in load_file(lora).items()}
+    save_file(tensors, tmp_path / "deep.safetensors")
+    code, _, err = run(*words, tmp_path / "deep.safetensors")
+    assert code == 1
+    assert "does not fit" in err
+    assert "has no double.image.attention_out.kernel.17" in err
+
+
 def test_dataclass_is_the_command(make, model, place):
     make("--out", "a.png")
     result = cli.Generate(prompt=PROMPT, size="64", steps=2, out="b.png", model=model).run()

@@ -30,8 +30,8 @@ class Convert:
     """Read the output back and compare every parameter with the source, bit for bit or within exact rounding."""
     verify_forward: Annotated[bool, option("", "off")] = False
     """Also compare every block's output with the modules of diffusers and transformers (needs the extra parity)."""
-    lora: Annotated[tuple[str, ...], option("FILE[:WEIGHT]", "none")] = ()
-    """Merge LoRAs of any dialect into the weights."""
+    lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, option("FILE[:WEIGHT]", "none")] = ()
+    """Merge a LoRA of any dialect into the weights; may be given several times."""
     base: Annotated[Path | None, option("FOLDER", "none")] = None
     """Pipeline folder that gives tokenisers and scheduler to a single file."""
     max_shard_size: Annotated[str, option("SIZE", "10GB")] = "10GB"

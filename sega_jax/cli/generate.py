@@ -59,7 +59,10 @@ class Generate(ModelOptions):
     dtype: Annotated[Literal["float32", "bfloat16"] | None, option("DTYPE", "float32 on CPU, else bfloat16")] = None
     """Of parameters and activations: float32 or bfloat16."""
     transformer: Annotated[Path | None, option("PATH", "the model's own")] = None
-    """Other transformer weights: a component folder, or a Black Forest Labs .safetensors file."""
+    """Other transformer weights: a component folder of diffusers or Orbax, or a single file of Black Forest Labs or
+    ComfyUI."""
+    lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, option("FILE[:WEIGHT]", "none")] = ()
+    """Merge a LoRA of any dialect into the weights; may be given several times.  Applies to every row."""
     embeddings: Annotated[Path | None, option("FILE.safetensors")] = None
     """Precomputed text [rows, tokens, width] and pooled [rows, width], one row per prompt, instead of the text
     encoders' (and negative_text, negative_pooled)."""
@@ -163,6 +166,7 @@ class Generate(ModelOptions):
         from sega_jax.cli import jobs as J
         from sega_jax.families import family_of
         from sega_jax.hub import resolve
+        from sega_jax.models.lora import lora_specs
         from sega_jax.pipeline import default_dtype, versions
 
         model = self.model or record.get("model") or "nano"
@@ -172,6 +176,7 @@ class Generate(ModelOptions):
         other = None if transformer is None else Path(transformer).expanduser()
         if other is not None and not other.exists():
             raise ValueError(f"transformer={str(transformer)!r}: no such folder or file")
+        loras = lora_specs(self.lora or (record.get("loras") or () if own else ()))
         with Phase(f"looking up {model}"):
             folder = resolve(model, weights=False, **hub)
         outline = family_of(folder).outline(folder, other)
@@ -182,6 +187,7 @@ class Generate(ModelOptions):
             "model": model,
             "revision": commit,
             "transformer": None if transformer is None else str(transformer),
+            **({"loras": [lora.record() for lora in loras]} if loras else {}),
         }
         jobs = [J.look(job, self.overwrite) for job in J.make_jobs(requests, outline, run)]
         if record:
@@ -204,6 +210,7 @@ class Generate(ModelOptions):
                     dtype=run["dtype"],
                     transformer=other,
                     backend=run["backend"],
+                    **({"loras": loras} if loras else {}),
                     **{**hub, "revision": commit or hub["revision"]},
                 )
             engine = Engine(pipe, len(new))
@@ -320,6 +327,7 @@ def _show_plan(result: dict) -> str:
         f"model {result['model']}" + (f", transformer {result['transformer']}" if result["transformer"] else ""),
         f"dtype {result['dtype']}, attention {result['backend']}, {result['classes']} compile class(es)",
     ]
+    lines += [f"LoRA {lora['file']} with weight {lora['weight']:g}" for lora in result.get("loras", ())]
     recipes = Counter(plan["recipe"] for plan in result["plans"])
     for recipe, count in recipes.items():
         plans = [plan for plan in result["plans"] if plan["recipe"] == recipe]

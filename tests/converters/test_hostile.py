@@ -518,8 +518,9 @@ def test_a_living_run_keeps_its_folder(tmp_path, tiny):
 def test_interrupted_from_the_keyboard(tmp_path, tiny):
     source = tiny.component(tmp_path / "source", "transformer")
     code = f"""
-import sys, time
+import signal, sys, time
 from converters import stream
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 real = stream.cast
 def slow(*arguments):
     print("x", flush=True)

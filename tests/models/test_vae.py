@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from converters.cover import check_cover
 from converters.errors import CheckpointError
 from converters.keymap import expand
 from converters.keymaps import vae as keymap
-from sega_jax.checkpoint import ArraySource, check_cover, load
+from converters.sources import ArraySource
+from sega_jax.checkpoint import load
 from sega_jax.models.abstract import axes, build_abstract, count, parameters
 from sega_jax.models.vae import (
     SpatialAttention,

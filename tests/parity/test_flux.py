@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from converters.keymap import expand
 from converters.keymaps import flux as keymap
+from converters.sources import ArraySource
 from sega_jax import checkpoint
 from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.streams import bind
@@ -50,7 +51,7 @@ def random_torch(config: dict):
 def test_transformer_matches_diffusers(guidance_embeds, batch, height, width, text_tokens):
     config = {**TINY, "guidance_embeds": guidance_embeds}
     theirs = random_torch(config)
-    source = checkpoint.ArraySource({k: v.numpy() for k, v in theirs.state_dict().items()})
+    source = ArraySource({k: v.numpy() for k, v in theirs.state_dict().items()})
     ours_config = FluxConfig.from_dict(dict(theirs.config))
     ours = checkpoint.load(
         lambda rngs: Flux(ours_config, rngs=rngs), keymap.DIFFUSERS, keymap.dims(theirs.config), source

@@ -4,10 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from converters.keymap import expand
+from converters.cover import check_cover
+from converters.keymap import canonical, expand
 from converters.keymaps import clip as clip_map
 from converters.keymaps import t5 as t5_map
-from sega_jax.checkpoint import ArraySource, RenamedSource, check_cover, load
+from converters.sources import ArraySource, NamedSource, renamed
+from sega_jax.checkpoint import load
 from sega_jax.models.abstract import build_abstract, parameters
 from sega_jax.models.clip import ClipConfig, ClipTextEncoder
 from sega_jax.models.t5 import T5Config, T5Encoder, relative_buckets
@@ -24,6 +26,7 @@ class ShapeSource:
 
     def __init__(self, module):
         self._tensors = module.state_dict()
+        self.files, self.metadata = (), {}
 
     def keys(self):
         return self._tensors.keys()
@@ -62,7 +65,7 @@ def clip_config(**changes):
 
 def load_clip(config, tensors, **options):
     settings = ClipConfig.from_dict(config)
-    source = RenamedSource(ArraySource(tensors), clip_map.rename)
+    source = renamed(ArraySource(tensors), clip_map.rename)
     dims = clip_map.dims(config)
     return load(lambda rngs: ClipTextEncoder(settings, rngs=rngs), clip_map.ROWS, dims, source, **options)
 
@@ -142,7 +145,7 @@ def t5_config(**changes):
 
 def load_t5(config, tensors, **options):
     settings = T5Config.from_dict(config)
-    source = RenamedSource(ArraySource(tensors), t5_map.rename)
+    source = renamed(ArraySource(tensors), t5_map.rename)
     return load(lambda rngs: T5Encoder(settings, rngs=rngs), t5_map.ROWS, t5_map.dims(config), source, **options)
 
 
@@ -236,7 +239,8 @@ def test_published_sizes(kind):
     model = ClipTextEncoder if kind == "clip" else T5Encoder
     abstract = build_abstract(lambda rngs: model(settings, rngs=rngs))
     targets = {path: tuple(param.shape) for path, param in parameters(abstract).items()}
-    source = RenamedSource(ShapeSource(reference), keymap.rename)
+    shapes = ShapeSource(reference)
+    source = NamedSource(shapes, canonical(shapes.keys(), keymap.rename))
     check_cover(expand(keymap.ROWS, keymap.dims(dictionary)), source, targets)
     size = sum(parameter.numel() for parameter in reference.parameters())
     assert sum(int(np.prod(shape)) for shape in targets.values()) == size

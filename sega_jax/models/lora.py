@@ -1,0 +1,156 @@
+"""LoRA files for models: merged into weights as they are loaded, or read as adapters to be kept apart.
+
+The dialects in use, their alphas and fused projections are the business of `converters.lora_dialects`; here a LoRA
+is known by the modules it changes: ``y = x @ kernel + scale * (x @ down) @ up`` (Hu et al., arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from converters.errors import CheckpointError
+from converters.lora import Lora, parse_lora
+from converters.lora_dialects import read_lora
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A LoRA with the weight it is used with.
+
+    Attributes:
+        file: path as it was given: a safetensors file of any dialect, or a folder (PEFT's, or Orbax).
+        weight: factor on its change; 0 leaves every bit as it is.
+        sha256: digest of the content.
+    """
+
+    file: str
+    weight: float
+    sha256: str
+
+    def record(self) -> dict:
+        """As metadata stores it."""
+        return {"file": self.file, "weight": self.weight, "sha256": self.sha256}
+
+    def read(self) -> Lora:
+        """The LoRA.
+
+        Raises:
+            CheckpointError: as `converters.lora_dialects.read_lora`.
+        """
+        return read_lora(Path(self.file).expanduser())
+
+
+def lora_specs(loras: Sequence[PathLike | tuple[PathLike, float] | Mapping | LoraSpec]) -> tuple[LoraSpec, ...]:
+    """LoRAs as asked for, each found and digested.
+
+    Args:
+        loras: paths, ``"path:weight"``, (path, weight), `LoraSpec`, or its records, whose digest must still be right.
+
+    Raises:
+        ValueError: a file that is missing or has changed, or a weight that is not a finite number.
+    """
+    if isinstance(loras, str | os.PathLike):
+        raise ValueError(f"loras={os.fspath(loras)!r}: expected a list of paths or of (path, weight)")
+    return tuple(_spec(entry) for entry in loras)
+
+
+def _spec(entry: PathLike | tuple[PathLike, float] | Mapping | LoraSpec) -> LoraSpec:
+    known = None
+    if isinstance(entry, LoraSpec):
+        return entry
+    if isinstance(entry, Mapping):
+        file, weight, known = entry["file"], entry["weight"], entry["sha256"]
+    elif isinstance(entry, str | os.PathLike):
+        path, weight = parse_lora(os.fspath(entry))
+        file = str(path)
+    else:
+        file, weight = os.fspath(entry[0]), entry[1]
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
+        raise ValueError(f"LoRA {file!r}: weight {weight!r}; expected a finite number")
+    path = Path(file).expanduser()
+    if not path.exists():
+        raise ValueError(f"LoRA {file!r}: no such file or folder")
+    digest = content_digest(path)
+    if known not in (None, digest):
+        raise ValueError(f"LoRA {file!r} has changed since the picture was made; give --lora")
+    return LoraSpec(file, float(weight), digest)
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of the files of a folder."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for name in files:
+        digest.update(f"{name} {content_digest(path / name)}\n".encode())
+    return digest.hexdigest()
+
+
+class Adapter(NamedTuple):
+    """A low-rank change of one linear module.
+
+    Attributes:
+        down: float32 [in, rank].
+        up: float32 [rank, out].
+        alpha: the change is ``alpha / rank * down @ up``.
+    """
+
+    down: np.ndarray
+    up: np.ndarray
+    alpha: float
+
+
+def adapters(lora: Lora, component: str = "transformer") -> dict[tuple[str, int | None], Adapter]:
+    """The adapters of a LoRA, unmerged: (module path, layer of a stack) -> adapter.
+
+    Module paths are the model's, as in ``("double.image.attention.query", 3)``; fused projections of a file are
+    split.
+
+    Raises:
+        CheckpointError: it also changes biases or replaces norms, which no adapter can express.
+    """
+    factors = lora.factors.get(component, {})
+    if lora.replaced.get(component) or any(f.bias is not None for f in factors.values()):
+        raise CheckpointError(f"{lora.name}: changes biases or norms, so it can be merged but not kept as adapters")
+    return {
+        (slot.path.removesuffix(".kernel"), slot.index): Adapter(
+            f.a.T.astype(np.float32), f.b.T.astype(np.float32), float(f.scale * f.rank)
+        )
+        for slot, f in factors.items()
+    }
+
+
+def stacked(found: Mapping[tuple[str, int | None], Adapter], layers: Mapping[str, int]) -> dict[str, Adapter]:
+    """Adapters for scanned blocks: module path -> down [layers, in, rank], up [layers, rank, out].
+
+    Every layer gets the largest rank, filled with zeros, and layers without an adapter are all zeros; scales are
+    multiplied into ``up``, so that ``alpha`` equals the rank.
+
+    Args:
+        found: from `adapters`.
+        layers: stack (first part of the path) -> number of layers, such as ``{"double": 19, "single": 38}``.
+    """
+    result: dict[str, Adapter] = {}
+    for path in dict.fromkeys(path for path, index in found if index is not None):
+        of = {index: adapter for (name, index), adapter in found.items() if name == path}
+        first, count = next(iter(of.values())), layers[path.partition(".")[0]]
+        rank = max(adapter.down.shape[1] for adapter in of.values())
+        down = np.zeros((count, first.down.shape[0], rank), np.float32)
+        up = np.zeros((count, rank, first.up.shape[1]), np.float32)
+        for index, adapter in of.items():
+            own = adapter.down.shape[1]
+            down[index, :, :own] = adapter.down
+            up[index, :own] = adapter.up * np.float32(adapter.alpha / own)
+        result[path] = Adapter(down, up, float(rank))
+    return result
