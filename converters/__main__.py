@@ -18,7 +18,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help="diffusers folder, BFL or ComfyUI single file, or Orbax folder")
     convert.add_argument("destination", help="a folder; a file for --to bfl of one component")
     convert.add_argument("--to", required=True, choices=("orbax", "diffusers", "bfl"))
-    convert.add_argument("--dtype", choices=("bf16", "f16", "f32"), help="default: each tensor's own")
+    convert.add_argument(
+        "--dtype",
+        choices=("bf16", "f16", "f32", "fp8", "int8"),
+        help="default: each tensor's own; fp8 and int8 with scales, for bfl",
+    )
     convert.add_argument(
         "--verify",
         nargs="?",

@@ -23,7 +23,7 @@ from converters.formats import inside, read_json, read_pipeline
 from converters.keymap import OPERATIONS, Tensor
 from converters.lora import merge, parse_lora
 from converters.lora_dialects import read_lora
-from converters.quantised import DEQUANTISED_KEY
+from converters.quantised import DEQUANTISED_KEY, FORMATS, Format, quantised
 from converters.report import REPORT_FILE, report_path, tool_version
 from converters.sources import is_float
 from converters.stream import (
@@ -132,9 +132,16 @@ def _write_part(
         write_sharded(folder, part.family.stem, outputs, shard, workers, bar)
 
 
-def _write_single(part: Part, path: Path, dtype: np.dtype | None, workers: int, bar: Progress) -> None:
+def _outputs(part: Part, target: str, dtype: np.dtype | None, form: Format | None) -> list[Output]:
+    outputs = outputs_for(part, _layout_of(part, target), dtype)
+    return outputs if form is None else quantised(outputs, part.family.name, form)
+
+
+def _write_single(
+    part: Part, path: Path, dtype: np.dtype | None, form: Format | None, workers: int, bar: Progress
+) -> None:
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(part.config, sort_keys=True)}
-    write_safetensors(path, outputs_for(part, _layout_of(part, "bfl"), dtype), metadata, workers, bar)
+    write_safetensors(path, _outputs(part, "bfl", dtype, form), metadata, workers, bar)
 
 
 def _write(
@@ -143,6 +150,7 @@ def _write(
     product: Path,
     base: Path | None,
     dtype: np.dtype | None,
+    form: Format | None,
     shard: int,
     workers: int,
     bar: Progress,
@@ -151,11 +159,11 @@ def _write(
     whole = checkpoint.pipeline is not None or len(parts) > 1
     if target == "bfl":
         if not whole:
-            _write_single(next(iter(parts.values())), product, dtype, workers, bar)
+            _write_single(next(iter(parts.values())), product, dtype, form, workers, bar)
             return
         product.mkdir()
         for part in parts.values():
-            _write_single(part, product / part.family.single, dtype, workers, bar)
+            _write_single(part, product / part.family.single, dtype, form, workers, bar)
         return
     if not whole:
         _write_part(next(iter(parts.values())), target, product, dtype, shard, workers, bar)
@@ -191,14 +199,10 @@ def _check_room(needed: int, destination: Path) -> None:
         )
 
 
-def _size(checkpoint: Checkpoint, dtype: np.dtype | None) -> int:
-    total = 0
-    for part in checkpoint.parts.values():
-        for tensor in part.tensors:
-            kind = part.source.storage(tensor.source)
-            kind = dtype if dtype is not None and is_float(kind) else kind
-            total += int(np.prod(tensor.shape, dtype=object)) * kind.itemsize
-    return total
+def _size(checkpoint: Checkpoint, target: str, dtype: np.dtype | None, form: Format | None) -> int:
+    """Bytes of all tensors as they will be written."""
+    parts = checkpoint.parts.values()
+    return sum(output.nbytes for part in parts for output in _outputs(part, target, dtype, form))
 
 
 def _component_record(part: Part, target: str) -> dict[str, Any]:
@@ -253,7 +257,8 @@ def convert(
             one component).  It appears complete or not at all.
         to: ``orbax``, ``diffusers`` or ``bfl``.
         dtype: ``bf16``, ``f16`` or ``f32`` for all floating-point tensors; None keeps each tensor's own (and
-            writes dequantised weights as bf16).
+            writes dequantised weights as bf16).  With ``bfl``, ``fp8`` and ``int8`` store the matrices of the
+            transformer's and T5's blocks in eight bits with scales, as ComfyUI reads them, and keep the rest.
         verify: ``exact`` reads the output back and compares every parameter with the source; ``forward`` also
             compares every block's output with the reference modules (needs torch, diffusers, transformers).
         overwrite: replace an existing destination.
@@ -272,8 +277,18 @@ def convert(
     """
     if to not in TARGETS:
         raise ValueError(f"to={to!r}: expected one of {', '.join(TARGETS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: expected one of bf16, f16, f32, or nothing to keep each tensor's own")
+    if dtype is not None and dtype not in DTYPES and dtype not in FORMATS:
+        raise ValueError(
+            f"dtype={dtype!r}: expected one of bf16, f16, f32, fp8, int8, or nothing to keep each tensor's own"
+        )
+    form = FORMATS.get(dtype or "")
+    if form is not None and to != "bfl":
+        raise ValueError(
+            f"dtype={dtype!r}, to={to!r}: a {to} checkpoint has no weights of eight bits with scales; single files "
+            "have, as ComfyUI reads them (to='bfl')"
+        )
+    if form is not None and verify == "forward":
+        raise ValueError(f"dtype={dtype!r}, verify='forward': rounded weights compute something else; use 'exact'")
     if verify not in (None, "exact", "forward"):
         raise ValueError(f"verify={verify!r}: expected 'exact' or 'forward'")
     if workers is not None and workers < 1:
@@ -284,14 +299,20 @@ def convert(
         raise ValueError("destination: expected a path that ends in a name")
     merged = [(read_lora(path, ignore_unknown=ignore_unknown), weight) for path, weight in map(parse_lora, loras)]
     with open_checkpoint(source, trust_pickle=trust_pickle) as opened:
-        checkpoint = merge(opened, merged, DTYPES[dtype] if dtype else None) if merged else opened
+        # A sum is rounded once: to the type asked for, or from float32 to eight bits.
+        summed = DTYPES["f32"] if form is not None else DTYPES[dtype] if dtype else None
+        checkpoint = merge(opened, merged, summed) if merged else opened
         if verify == "forward":
             import converters.forward  # noqa: F401  before any work, so that a missing torch is said at once
-        kind = DTYPES[dtype] if dtype else None
-        if kind is None and any(DEQUANTISED_KEY in part.source.metadata for part in checkpoint.parts.values()):
+        kind = DTYPES[dtype] if dtype and form is None else None
+        if (
+            kind is None
+            and form is None
+            and any(DEQUANTISED_KEY in part.source.metadata for part in checkpoint.parts.values())
+        ):
             kind = DTYPES["bf16"]
         rest = _choose_base(checkpoint, base, to)
-        needed = _size(checkpoint, kind)
+        needed = _size(checkpoint, to, kind, form)
         _check_room(needed, destination)
         report: dict[str, Any] = {
             "tool": "sega-jax converters",
@@ -304,7 +325,7 @@ def convert(
             },
             "loras": [{"name": lora.name, "weight": weight} for lora, weight in merged],
             "to": to,
-            "dtype": kind.name if kind is not None else "kept",
+            "dtype": form.name if form is not None else kind.name if kind is not None else "kept",
             "bytes": needed,
             "components": {name: _component_record(part, to) for name, part in checkpoint.parts.items()},
         }
@@ -312,7 +333,7 @@ def convert(
             product = stage / destination.name
             started = time.perf_counter()
             with Progress(needed, "convert", progress) as bar:
-                _write(checkpoint, to, product, rest, kind, shard, threads, bar)
+                _write(checkpoint, to, product, rest, kind, form, shard, threads, bar)
             written = time.perf_counter()
             flush(product)
             report["seconds"] = {"write": written - started, "flush": time.perf_counter() - written}

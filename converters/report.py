@@ -59,6 +59,8 @@ def summary(report: Mapping[str, Any]) -> str:
                     f", {found['rounded']} rounded (largest relative error {found['largest_error']:.3g}, "
                     f"bound {found['bound']:.3g})"
                 )
+            if found.get("quantised"):
+                line += f", {found['quantised']} quantised (largest error {found['largest_step']:.3g} scales)"
             if found["nonfinite"]:
                 line += f", {len(found['nonfinite'])} with NaN or infinity"
             lines.append(line)

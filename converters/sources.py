@@ -203,6 +203,7 @@ class ComputedSource:
         source: the stored tensors.
         computed: name -> (shape, type, function giving the array); names that are not listed pass through.
         hidden: stored names to hide (scales).
+        scales: names stored in eight bits -> (storage type, function giving the scale of every value).
     """
 
     def __init__(
@@ -210,8 +211,9 @@ class ComputedSource:
         source: Source,
         computed: Mapping[str, tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]],
         hidden: Sequence[str] = (),
+        scales: Mapping[str, tuple[str, Callable[[], np.ndarray]]] | None = None,
     ):
-        self._source, self._computed = source, computed
+        self._source, self._computed, self._scales = source, computed, scales or {}
         self._keys = [name for name in source.keys() if name not in set(hidden)]  # noqa: SIM118
         self.files, self.metadata = source.files, source.metadata
 
@@ -229,6 +231,18 @@ class ComputedSource:
 
     def close(self) -> None:
         self._source.close()
+
+
+def scale_of(source: Source, name: str) -> tuple[str, np.ndarray] | None:
+    """Storage type and scale of every value of a tensor stored in eight bits; None for any other."""
+    if isinstance(source, NamedSource):
+        return scale_of(source._source, source._names[name][0])
+    if isinstance(source, ComputedSource):
+        if name in source._scales:
+            kind, scale = source._scales[name]
+            return kind, scale()
+        return None if name in source._computed else scale_of(source._source, name)
+    return None
 
 
 def bits(array: np.ndarray) -> np.ndarray:

@@ -18,7 +18,8 @@ from converters.components import Checkpoint, Part, open_checkpoint
 from converters.errors import CheckpointError
 from converters.families import slot_name
 from converters.keymap import Slot
-from converters.sources import is_float
+from converters.quantised import BY_STORAGE, Format
+from converters.sources import is_float, scale_of
 from converters.stream import Progress, all_finite, blocks, contiguous, default_workers, in_parallel
 
 _BLOCK = 1 << 20  # bytes compared at a time: small enough to stay in the cache while they are hashed
@@ -36,6 +37,8 @@ class Findings:
         rounded: how many are the source rounded to the output's type.
         largest_error: largest relative error among those.
         bound: the bound on it, for the type.
+        quantised: how many are the source within the bound of a format of eight bits with scales.
+        largest_step: largest error among those, in scales.
         wrong: slots that are neither, with the reason.
         nonfinite: slots that hold NaN or infinity in the source.
         hashes: slot -> SHA-256 of type, shape and values of the source.
@@ -46,6 +49,8 @@ class Findings:
     rounded: int = 0
     largest_error: float = 0.0
     bound: float = 0.0
+    quantised: int = 0
+    largest_step: float = 0.0
     wrong: dict[str, str] = field(default_factory=dict)
     nonfinite: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
@@ -93,7 +98,25 @@ def _rounding_error(source: np.ndarray, output: np.ndarray) -> tuple[float, bool
     return (float(np.max(error[normal] / size[normal])) if normal.any() else 0.0), within
 
 
-def _compare(a: np.ndarray, b: np.ndarray, name: str, findings: Findings, lock: threading.Lock, progress) -> None:
+def _quantisation_error(source: np.ndarray, output: np.ndarray, scale: np.ndarray, form: Format) -> tuple[float, bool]:
+    """Largest error of a block in scales, and whether every value lies within the bound of its format."""
+    exact, step = source.astype(np.float64), scale.astype(np.float64)
+    error = np.abs(exact - output.astype(np.float64))
+    size = np.abs(exact)
+    slack = 2.0**-22 * size  # the quotient and the product are float32
+    within = bool(np.all(error <= np.maximum(form.relative * size, form.absolute * step) + slack))
+    return float(np.max(error / step, initial=0)), within
+
+
+def _compare(
+    a: np.ndarray,
+    b: np.ndarray,
+    name: str,
+    findings: Findings,
+    lock: threading.Lock,
+    progress: Progress,
+    stored: tuple[Format, np.ndarray] | None = None,
+) -> None:
     digest, finite, equal, largest, within = _digest(a), True, True, 0.0, True
     same_type = a.dtype == b.dtype
     if a.shape != b.shape:
@@ -101,7 +124,7 @@ def _compare(a: np.ndarray, b: np.ndarray, name: str, findings: Findings, lock: 
             findings.wrong[name] = f"shape {b.shape} in the output, {a.shape} in the source"
         return
     # Equal memory layouts give equal blocks; the block size in values is taken from the source.
-    flat = a.flags.c_contiguous and b.flags.c_contiguous
+    flat = a.flags.c_contiguous and b.flags.c_contiguous and stored is None
     a, b = (a.reshape(-1), b.reshape(-1)) if flat else (np.atleast_1d(a), np.atleast_1d(b))
     if a.size:
         rows = max(1, _BLOCK // (a.nbytes // a.shape[0]))
@@ -110,7 +133,11 @@ def _compare(a: np.ndarray, b: np.ndarray, name: str, findings: Findings, lock: 
             y = contiguous(b[start : start + rows]).reshape(-1)
             digest.update(x.view(np.uint8))
             finite &= all_finite(x)
-            if same_type:
+            if stored is not None:
+                scale = np.ascontiguousarray(stored[1][start : start + rows]).reshape(-1)
+                error, fits = _quantisation_error(x, y, scale, stored[0])
+                largest, within = max(largest, error), within and fits
+            elif same_type:
                 equal &= _same_bits(x, y)
             elif is_float(b.dtype) and b.dtype.name in _ROUNDING:
                 error, fits = _rounding_error(x, y)
@@ -123,7 +150,12 @@ def _compare(a: np.ndarray, b: np.ndarray, name: str, findings: Findings, lock: 
         findings.hashes[name] = digest.hexdigest()
         if not finite:
             findings.nonfinite.append(name)
-        if same_type and equal:
+        if stored is not None:
+            findings.quantised += within
+            findings.largest_step = max(findings.largest_step, largest)
+            if not within:
+                findings.wrong[name] = f"not the source rounded to {stored[0].name}"
+        elif same_type and equal:
             findings.equal += 1
         elif not same_type and within:
             findings.rounded += 1
@@ -142,10 +174,15 @@ def compare(source: Part, output: Part, workers: int, progress: Progress) -> Fin
         findings.wrong[slot_name(slot)] = "only in the " + ("source" if slot in theirs else "output")
 
     def task(slot: Slot):
-        return lambda: _compare(
-            _view(source, *theirs[slot], slot), _view(output, *ours[slot], slot), slot_name(slot), findings, lock,
-            progress,
-        )  # fmt: skip
+        def run() -> None:
+            tensor, piece = ours[slot]
+            known, stored = scale_of(output.source, tensor.source), None
+            if known is not None and known[0] in BY_STORAGE:
+                stored = BY_STORAGE[known[0]], stored_order(slot, tensor.pieces(known[1])[piece])
+            view, theirs_view = _view(output, tensor, piece, slot), _view(source, *theirs[slot], slot)
+            _compare(theirs_view, view, slot_name(slot), findings, lock, progress, stored)
+
+        return run
 
     in_parallel([task(slot) for slot in theirs if slot in ours], workers)
     findings.nonfinite.sort()

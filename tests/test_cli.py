@@ -163,7 +163,7 @@ def test_loras_change_the_picture_and_are_repeated_from_its_record(make, run, lo
     plan = run("generate", "--from-image", "half.png", "--dry-run")[1]
     assert f"LoRA {lora} with weight 0.25" in plan
     tensors = load_file(lora)
-    save_file({name: 2 * value for name, value in tensors.items()}, lora)
+    save_file({name: np.asarray(2 * value) for name, value in tensors.items()}, lora)
     code, _, err = run("generate", "--from-image", "half.png", "--out", "changed.png")
     assert (code, "has changed since the picture was made; give --lora" in err) == (2, True)
 

@@ -24,8 +24,8 @@ class Convert:
     """Folder; a file for --to bfl of one component."""
     to: Annotated[Literal["orbax", "diffusers", "bfl"], option("LAYOUT")]
     """orbax, diffusers, or bfl (single files)."""
-    dtype: Annotated[Literal["bf16", "f16", "f32"] | None, option("TYPE", "each tensor's own")] = None
-    """bf16, f16 or f32."""
+    dtype: Annotated[Literal["bf16", "f16", "f32", "fp8", "int8"] | None, option("TYPE", "each tensor's own")] = None
+    """bf16, f16 or f32; for --to bfl also fp8 and int8: block matrices in eight bits with scales, for ComfyUI."""
     verify: Annotated[bool, option("", "off")] = False
     """Read the output back and compare every parameter with the source, bit for bit or within exact rounding."""
     verify_forward: Annotated[bool, option("", "off")] = False

@@ -49,7 +49,7 @@ class LoraSpec:
         return read_lora(Path(self.file).expanduser())
 
 
-def lora_specs(loras: Sequence[PathLike | tuple[PathLike, float] | Mapping | LoraSpec]) -> tuple[LoraSpec, ...]:
+def lora_specs(loras: Sequence[PathLike | tuple[PathLike, int | float] | Mapping | LoraSpec]) -> tuple[LoraSpec, ...]:
     """LoRAs as asked for, each found and digested.
 
     Args:
@@ -63,7 +63,7 @@ def lora_specs(loras: Sequence[PathLike | tuple[PathLike, float] | Mapping | Lor
     return tuple(_spec(entry) for entry in loras)
 
 
-def _spec(entry: PathLike | tuple[PathLike, float] | Mapping | LoraSpec) -> LoraSpec:
+def _spec(entry: PathLike | tuple[PathLike, int | float] | Mapping | LoraSpec) -> LoraSpec:
     known = None
     if isinstance(entry, LoraSpec):
         return entry
@@ -77,7 +77,7 @@ def _spec(entry: PathLike | tuple[PathLike, float] | Mapping | LoraSpec) -> Lora
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
         raise ValueError(f"LoRA {file!r}: weight {weight!r}; expected a finite number")
     path = Path(file).expanduser()
-    if not path.exists():
+    if not entry or not path.exists():
         raise ValueError(f"LoRA {file!r}: no such file or folder")
     digest = content_digest(path)
     if known not in (None, digest):

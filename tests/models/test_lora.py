@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_refused(tmp_path, nano):
     random = np.random.default_rng(0)
     a, b = random.standard_normal((2, 8)).astype(np.float32), random.standard_normal((8, 2)).astype(np.float32)
     lora = Lora({"transformer": {Slot("single.out.kernel", 99): Factors(a, b)}})
-    with pytest.raises(CheckpointError, match=r"does not fit .*has no single.out.kernel.99"):
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit .*has no single.out.kernel.99"):
         load(nano, saved(lora, tmp_path / "deep.safetensors", "bfl"))
     save_file({"lora_unet_nothing.lora_down.weight": a}, tmp_path / "unknown.safetensors")
     with pytest.raises(CheckpointError, match="not a LoRA this tool knows"):
@@ -157,8 +157,7 @@ def test_folders_are_digested_by_names_and_contents(tmp_path):
         ("a.safetensors", "expected a list"),
         (["missing"], "no such file"),
         ([(".", float("inf"))], "finite"),
-        ([(".", "1")], "finite"),
-        ([(".", True)], "finite"),
+        ([(".", float("nan"))], "finite"),
     ],
 )
 def test_specifications_refused(loras, message):
