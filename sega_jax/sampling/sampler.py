@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -41,6 +42,25 @@ class Noise:
         return jax.numpy.asarray(self.given, jax.numpy.float32)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Steps of a run that are one compiled program, as `sega_jax.plan` compiles and counts it without weights.
+
+    Attributes:
+        name: for people.
+        steps: how many of them.
+        velocity: what they call, once each.
+        latents: (h, w, C) of its latents, or of each canvas by name.
+        content: of layouts with traced content, its arrays for a batch of one (`jax.ShapeDtypeStruct` will do).
+    """
+
+    name: str
+    steps: int
+    velocity: Velocity
+    latents: tuple[int, int, int] | Mapping[str, tuple[int, int, int]]
+    content: Any = None
+
+
 @runtime_checkable
 class Sampler(Protocol):
     """How pictures come about from noise.  Pure: a step's result depends on its arguments alone."""
@@ -58,6 +78,10 @@ class Sampler(Protocol):
 
     def latents(self, state: State) -> jax.Array:
         """The picture in a finished state: model-scale latents f32 [B, h, w, C]."""
+        ...
+
+    def stages(self) -> tuple[Stage, ...]:
+        """What the steps compile to, in their order; needs no weights."""
         ...
 
 
@@ -94,3 +118,6 @@ class Euler:
 
     def latents(self, state: State) -> jax.Array:
         return state["latents"]
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage("denoise", self.steps, self.velocity, self.shape),)

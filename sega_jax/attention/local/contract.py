@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -62,6 +63,72 @@ def accumulator(dtype) -> np.dtype:
     return np.promote_types(dtype, np.float32)  # not jnp's: strict promotion refuses float32 with 16 bits
 
 
+def platform() -> str:
+    """Where kernels run, ``"cpu"``, ``"gpu"`` or ``"tpu"``: the platform of `jax.default_device`, else of JAX.
+
+    Compiling ahead of time, ``with jax.default_device(topologies.devices("v6e:2x4")[0])`` makes ``auto`` choose for
+    that device.
+    """
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    kind = device if isinstance(device, str) else device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(kind, kind)
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+QUERY_TILE = 1_024  # queries that share one reading of the keys
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a request costs any kernel: operations (a multiply-add is two), and bytes read and written."""
+
+    flops: int
+    bytes: int
+
+
+def cost(request: Request) -> Cost:
+    """Closed form: ``2 Nq Nk (D + Dv)`` per sample and head, of visited blocks only where there is a map.
+
+    Queries, results and log-sum-exps cross memory once, keys and values once per `QUERY_TILE` queries.  Key lengths,
+    and what a pattern hides inside a visited block, are not taken off; a traced map counts all its slots.
+    """
+    q, k, v, blocks = request.q, request.k, request.v, request.block_map
+    batch, queries, heads, depth = q.shape
+    width = depth + v.shape[-1]
+    planes, size = batch * heads, np.dtype(q.dtype).itemsize
+    pairs, rows = queries * k.shape[1], -(-queries // QUERY_TILE) * k.shape[1]
+    if blocks is not None:
+        traced = isinstance(blocks.count, jax.core.Tracer)
+        visits = int(np.prod(blocks.columns.shape)) if traced else int(np.sum(np.asarray(blocks.count)))
+        pairs, rows = min(visits * blocks.block_q * blocks.block_k, pairs), visits * blocks.block_k
+    return Cost(
+        2 * planes * pairs * width,
+        planes * (size * (queries * width + rows * width) + 4 * queries),
+    )
+
+
+def read_cost(scope: str) -> Cost | None:
+    """The cost in the innermost scope of a name stack that has one (`sega_jax.counting`)."""
+    found = re.findall(r"attention\[(\d+) flops, (\d+) bytes\]", scope)
+    return Cost(*map(int, found[-1])) if found else None
+
+
+def _costed(run: Callable) -> Callable:
+    """``run`` inside a scope that bears the request's cost, for counters and profiles to read."""
+
+    def named(request: Request, *arguments, **options):
+        known = cost(request)
+        with jax.named_scope(f"attention[{known.flops} flops, {known.bytes} bytes]"):
+            return run(request, *arguments, **options)
+
+    return named
+
+
+# -- registry ----------------------------------------------------------------------------------------------------------
+
 _KERNELS: dict[str, Kernel] = {}
 
 
@@ -70,6 +137,7 @@ def register(kernel: Kernel, *, first: bool = False) -> Kernel:
 
     ``auto`` asks kernels in the order in which they were registered; ``first`` puts this one before all others.
     """
+    kernel = replace(kernel, run=_costed(kernel.run))
     others = {name: other for name, other in _KERNELS.items() if name != kernel.name}
     _KERNELS.clear()
     _KERNELS.update({kernel.name: kernel, **others} if first else {**others, kernel.name: kernel})

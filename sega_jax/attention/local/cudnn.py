@@ -12,15 +12,17 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from sega_jax.attention.local import xla
-from sega_jax.attention.local.contract import Kernel, Refusal, Request
+from sega_jax.attention.local.contract import Kernel, Refusal, Request, platform
 
 LARGEST_HEAD = 128
 
 
 def supports(request: Request) -> Refusal | None:
     q, v = request.q, request.v
+    if platform() != "gpu":
+        return Refusal(f"it runs on NVIDIA GPUs, the default device is {platform()}")
     if jax.default_backend() != "gpu":
-        return Refusal(f"it runs on NVIDIA GPUs, the default device is {jax.default_backend()}")
+        return Refusal("without a GPU present its plans cannot be made")
     if "cuda" not in jax.devices()[0].client.platform_version:
         return Refusal("it runs on NVIDIA GPUs")
     if request.block_map is not None:

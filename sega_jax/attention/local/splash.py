@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from sega_jax.attention.local import xla
-from sega_jax.attention.local.contract import Kernel, Refusal, Request
+from sega_jax.attention.local.contract import Kernel, Refusal, Request, platform
 
 HEAD_SIZES = (64, 128)
 TILE = 512
@@ -21,8 +21,8 @@ LANES = 128
 
 def supports(request: Request) -> Refusal | None:
     q, v = request.q, request.v
-    if jax.default_backend() != "tpu":
-        return Refusal(f"it runs on TPU, the default device is {jax.default_backend()}")
+    if platform() != "tpu":
+        return Refusal(f"it runs on TPU, the default device is {platform()}")
     if request.block_map is not None:
         return Refusal("it takes no block map of ours")
     if q.dtype not in (jnp.bfloat16, jnp.float32):

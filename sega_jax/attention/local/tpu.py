@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sega_jax.attention.local import xla
-from sega_jax.attention.local.contract import Kernel, Refusal, Request, Tile
+from sega_jax.attention.local.contract import Kernel, Refusal, Request, Tile, platform
 from sega_jax.attention.local.tiles import tuned
 from sega_jax.layouts.blocks import BlockMap
 
@@ -70,8 +70,8 @@ def _shape_refusal(request: Request) -> Refusal | None:
 
 
 def supports(request: Request) -> Refusal | None:
-    if jax.default_backend() != "tpu":
-        return Refusal(f"it runs on TPU, the default device is {jax.default_backend()}")
+    if platform() != "tpu":
+        return Refusal(f"it runs on TPU, the default device is {platform()}")
     blocks = request.block_map
     if blocks is not None and (blocks.block_q % LANES or blocks.block_k % 64):
         return Refusal(

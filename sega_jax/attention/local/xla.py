@@ -24,7 +24,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sega_jax.attention.local.contract import Kernel, Refusal, Request, Tile, accumulator
+from sega_jax.attention.local.contract import Kernel, Refusal, Request, Tile, accumulator, platform
 from sega_jax.attention.local.tiles import tuned
 from sega_jax.layouts.blocks import BlockMap
 
@@ -337,7 +337,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _plan() -> Plan:
-    return CPU if jax.default_backend() == "cpu" else OTHER
+    return CPU if platform() == "cpu" else OTHER
 
 
 def _padded(x: jax.Array, multiple: int) -> jax.Array:

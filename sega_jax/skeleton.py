@@ -1,0 +1,92 @@
+"""A pipeline without its numbers: abstract parts of a model known by name or by its configurations alone.
+
+Everything that is compiled or counted ahead of time starts here; no weights are read, fetched or allocated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from sega_jax.families import Component, Outline, Parts, _configured, family_of
+from sega_jax.hub import resolve
+from sega_jax.models.abstract import build_abstract
+from sega_jax.models.clip import ClipConfig, ClipTextEncoder
+from sega_jax.models.flux import Flux, FluxConfig
+from sega_jax.models.t5 import T5Config, T5Encoder
+from sega_jax.models.vae import Vae, VaeConfig
+from sega_jax.sampling.schedule import Schedule
+
+T5_XXL = T5Config(vocab_size=32_128, d_model=4_096, d_kv=64, d_ff=10_240, num_layers=24, num_heads=64)
+CLIP_L = ClipConfig(
+    vocab_size=49_408, hidden_size=768, intermediate_size=3_072, num_hidden_layers=12, num_attention_heads=12
+)
+
+
+def _flux(config: FluxConfig, schedule: Schedule, text_tokens: int) -> Outline:
+    vae = VaeConfig.flux()
+    return Outline("flux", config, vae, schedule, config.rope_spec((64, 64), 2 * vae.factor), text_tokens)
+
+
+PRESETS = {  # with the sizes published in their configurations
+    "flux-dev": lambda: _flux(FluxConfig.dev(), Schedule(), 512),
+    "flux-krea-dev": lambda: _flux(FluxConfig.krea_dev(), Schedule(), 512),
+    "flux-schnell": lambda: _flux(FluxConfig.schnell(), Schedule(dynamic=False, shift=1.0), 256),
+}
+
+
+def skeleton(model: str | Path, dtype: DTypeLike = "bfloat16", *, transformer: Path | None = None, **hub: Any) -> Parts:
+    """The parts of a pipeline with `jax.ShapeDtypeStruct` for parameters, and no tokenizers.
+
+    Args:
+        model: ``"flux-dev"``, ``"flux-krea-dev"``, ``"flux-schnell"``, ``"nano"``, a diffusers folder or a hub id, of
+            which configurations alone are fetched.
+        dtype: of parameters.
+        transformer: as of `Pipeline.from_pretrained`.
+        **hub: see `sega_jax.hub.resolve`.
+
+    Raises:
+        CheckpointError, ValueError: as `sega_jax.hub.resolve` and `sega_jax.families.family_of`.
+    """
+    if model in PRESETS:
+        outline, clip, t5 = PRESETS[model](), CLIP_L, T5_XXL
+    else:
+        folder = resolve(model, weights=False, **hub)
+        outline = family_of(folder).outline(folder, transformer)
+        clip, _ = _configured(folder / "text_encoder" / "config.json", ClipConfig.from_dict)
+        t5, _ = _configured(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
+    return abstract_parts(outline, clip, t5, dtype)
+
+
+def abstract_parts(outline: Outline, clip: ClipConfig, t5: T5Config, dtype: DTypeLike) -> Parts:
+    """Parts with abstract parameters in ``dtype``."""
+
+    def component(cls: type, config: Any) -> Component:
+        built = Component.of(build_abstract(lambda rngs: cls(config, rngs=rngs)))
+        cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), built.params)
+        return Component(built.graphdef, cast)
+
+    return Parts(
+        **vars(outline),
+        transformer=component(Flux, outline.transformer_config),
+        clip=component(ClipTextEncoder, clip),
+        t5=component(T5Encoder, t5),
+        clip_tokenizer=None,
+        t5_tokenizer=None,
+        vae=component(Vae, outline.vae_config),
+    )
+
+
+def parameter_bytes(component: Component) -> int:
+    """Bytes of all parameters of a component, on however many devices."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(component.params))
+
+
+def text_length(parts: Parts) -> tuple[int, int]:
+    """Tokens of a prompt for CLIP and for T5."""
+    positions = nnx.merge(parts.clip.graphdef, parts.clip.params).positions
+    return jax.tree.leaves(nnx.state(positions))[0].shape[0], parts.text_tokens
