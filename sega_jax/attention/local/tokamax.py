@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sega_jax.attention.local import xla
-from sega_jax.attention.local.contract import Kernel, Refusal, Request
+from sega_jax.attention.local.contract import Kernel, Refusal, Request, platform
 
 OPERATORS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}  # those on CPU keep [N, N] or give no log-sum-exp
 
@@ -26,8 +26,8 @@ def _installed() -> bool:
 def supports(request: Request) -> Refusal | None:
     if not _installed():
         return Refusal("tokamax is not installed (extra `kernels`, Python >= 3.12)")
-    if jax.default_backend() not in OPERATORS:
-        return Refusal(f"it runs on GPU and TPU, the default device is {jax.default_backend()}")
+    if platform() not in OPERATORS:
+        return Refusal(f"it runs on GPU and TPU, the default device is {platform()}")
     if request.block_map is not None:
         return Refusal("it takes no block map of ours")
     if request.q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -40,7 +40,7 @@ def _forward(request: Request):
     from tokamax._src.ops.attention.base import Mask
 
     q, k, v, length = request.q, request.k, request.v, request.kv_length
-    operator = IMPLEMENTATIONS[OPERATORS[jax.default_backend()]]
+    operator = IMPLEMENTATIONS[OPERATORS[platform()]]
     end = None if length is None else jnp.maximum(length, 1)[:, None, None]  # zero keys are ours to answer, below
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -49,7 +49,7 @@ def _forward(request: Request):
         )
     first, second = (x.astype(jnp.float32) for x in residuals)
     # the TPU operator gives (maximum, log-sum-exp), the others (maximum, sum of exponentials above it)
-    lse = second if jax.default_backend() == "tpu" else first + jnp.log(second)
+    lse = second if platform() == "tpu" else first + jnp.log(second)
     lse = lse.swapaxes(1, 2)
     if length is not None:
         empty = (length == 0)[:, None, None]
