@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from sega_jax.attention.context.route import attend_split, split_backend
+from sega_jax.attention.context.split import Split
 from sega_jax.attention.local import Request, choose
 from sega_jax.attention.merge import merge
 from sega_jax.layouts.streams import Call, KeySet, Tokens
@@ -84,19 +86,40 @@ def _attend_set(q: Streams, k: Streams, v: Streams, keys: KeySet, backend: str) 
 
 
 def attend(
-    q: Streams, k: Streams, v: Streams, calls: tuple[Call, ...], *, backend: str = "auto"
+    q: Streams,
+    k: Streams,
+    v: Streams,
+    calls: tuple[Call, ...],
+    *,
+    backend: str = "auto",
+    split: Split | None = None,
 ) -> dict[str, jax.Array]:
     """Attention over streams.
 
     Args:
         q, k, v: un-rotated streams, each [B, N, H, D].
         calls: bound calls of a layout (`layouts.streams.bind`).
-        backend: name of a registered kernel, or ``"auto"``.
+        backend: name of a registered kernel, or ``"auto"``; with a split, ``"scheme+kernel"`` names the context
+            scheme too (`context.route`).
+        split: how the streams lie on a mesh; sharded ones are padded then, and so is their output.
 
     Returns:
         For every queried stream its output [B, N, H, D], in the dtype of ``q``; tokens that no call asks for
         are zero.
+
+    Raises:
+        ValueError: a kernel or scheme that is unknown or cannot serve the calls.
     """
+    scheme, kernel = split_backend(backend)
+    if split is not None:
+        return attend_split(q, k, v, calls, split, scheme, kernel, _attend_here)
+    if scheme != "auto":
+        raise ValueError(f"attention backend {backend!r}: {scheme!r} needs a mesh with a context axis")
+    return _attend_here(q, k, v, calls, kernel)
+
+
+def _attend_here(q: Streams, k: Streams, v: Streams, calls: tuple[Call, ...], backend: str) -> dict[str, jax.Array]:
+    """Attention over whole streams on one device."""
     results: dict[str, jax.Array] = {}
     for call in calls:
         out, lse = _attend_set(q, k, v, call.sets[0], backend)

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from sega_jax.attention import attend
+from sega_jax.attention.context.split import Split
 from sega_jax.geometry import RopeSpec
 from sega_jax.layouts.streams import Call, Stream
 from sega_jax.models.layers import LayerNorm, Linear, RMSNorm, stack, timestep_embedding, zeros
+from sega_jax.sharding.rules import gathered
 
 TIME_FEATURES = 256  # width of the sinusoidal features of sigma and guidance
 
@@ -212,17 +215,22 @@ class SingleBlock(nnx.Module):
         self.mlp_in = Linear(width, config.mlp_width, dtype=dtype, rngs=rngs)
         self.out = Linear(width + config.mlp_width, width, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
 
-    def finish(self, x: jax.Array, attended: jax.Array, normed: jax.Array, gate: jax.Array) -> jax.Array:
+    def finish(
+        self, x: jax.Array, attended: jax.Array, normed: jax.Array, gate: jax.Array, *, apart: bool = False
+    ) -> jax.Array:
+        """``apart`` multiplies attention and MLP one by one: their channels are sharded, joining would move them."""
         hidden = jax.nn.gelu(self.mlp_in(normed), approximate=True)
+        if apart:
+            return x + gate * self.out.of_parts(attended, hidden)
         return x + gate * self.out(jnp.concatenate([attended, hidden], axis=-1))
 
 
 StreamArrays = dict[str, jax.Array]
 
 
-def _attend(projected: Mapping[str, tuple], calls: tuple[Call, ...], backend: str) -> StreamArrays:
+def _attend(projected: Mapping[str, tuple], calls: tuple[Call, ...], backend: str, split: Split | None) -> StreamArrays:
     q, k, v = ({name: p[i] for name, p in projected.items()} for i in range(3))
-    out = attend(q, k, v, calls, backend=backend)
+    out = attend(q, k, v, calls, backend=backend, split=split)
     return {name: y.reshape(*y.shape[:2], -1) for name, y in out.items()}
 
 
@@ -271,6 +279,7 @@ class Flux(nnx.Module):
         streams: tuple[Stream, ...] = (Stream("text", "text"), Stream("image", "image")),
         backend: str = "auto",
         remat: bool = False,
+        mesh: Mesh | None = None,
     ) -> StreamArrays:
         """Velocity of every image stream.
 
@@ -283,14 +292,23 @@ class Flux(nnx.Module):
             streams: how each stream is treated, in the order of attention.
             backend: attention kernel.
             remat: recompute blocks in the backward pass instead of storing their activations.
+            mesh: devices to lay streams and weights on (`sega_jax.sharding`); the batch divides by its data axis.
 
         Returns:
             Image stream name -> velocity ``noise - clean``, [B, N, in_channels], in the dtype of the input.
         """
         shared = self.condition(sigma, pooled, guidance)
         conditioning, hidden = {}, {}
+        split = Split.of(mesh, {s.name: inputs[s.name].shape[1] for s in streams if s.kind == "image"})
+        apart = mesh is not None and mesh.shape["tensor"] > 1
+
+        def hold(hidden: StreamArrays) -> StreamArrays:
+            return hidden if split is None else {name: split.hold(name, x) for name, x in hidden.items()}
+
         for stream in streams:
             x = inputs[stream.name]
+            if split is not None:
+                x = split.enter(stream.name, x)
             vector = shared
             if stream.sigma is not None:
                 vector = self.condition(jnp.full_like(sigma, stream.sigma), pooled, guidance)
@@ -298,31 +316,35 @@ class Flux(nnx.Module):
             hidden[stream.name] = self.text_embed(x) if stream.kind == "text" else self.image_embed(x)
 
         def double(hidden: StreamArrays, block: DoubleBlock) -> tuple[StreamArrays, None]:
+            block = gathered(block, mesh)
             halves = {s.name: block.half(s.kind) for s in streams}
             modulation = {name: half.modulate(conditioning[name]) for name, half in halves.items()}
             projected = {name: half.project(hidden[name], modulation[name]) for name, half in halves.items()}
-            attended = _attend(projected, calls, backend)
+            attended = _attend(projected, calls, backend, split)
             finished = {n: half.finish(hidden[n], attended[n], modulation[n]) for n, half in halves.items()}
-            return finished, None
+            return hold(finished), None
 
         def single(hidden: StreamArrays, block: SingleBlock) -> tuple[StreamArrays, None]:
+            block = gathered(block, mesh)
             normed, gates, projected = {}, {}, {}
             for name, x in hidden.items():
                 shift, scale, gates[name] = _modulation(block.modulation, conditioning[name], 3)
                 normed[name] = block.norm(x) * (1 + scale) + shift
                 projected[name] = block.attention(normed[name])
-            attended = _attend(projected, calls, backend)
-            return {n: block.finish(x, attended[n], normed[n], gates[n]) for n, x in hidden.items()}, None
+            attended = _attend(projected, calls, backend, split)
+            finished = {n: block.finish(x, attended[n], normed[n], gates[n], apart=apart) for n, x in hidden.items()}
+            return hold(finished), None
 
         if remat:
             double, single = jax.checkpoint(double), jax.checkpoint(single)
-        hidden, _ = jax.lax.scan(double, hidden, self.double)
+        hidden, _ = jax.lax.scan(double, hold(hidden), self.double)
         hidden, _ = jax.lax.scan(single, hidden, self.single)
         out = {}
         for stream in streams:
             if stream.kind == "image":
                 shift, scale = _modulation(self.out_modulation, conditioning[stream.name], 2)
-                out[stream.name] = self.out(self.out_norm(hidden[stream.name]) * (1 + scale) + shift)
+                velocity = self.out(self.out_norm(hidden[stream.name]) * (1 + scale) + shift)
+                out[stream.name] = velocity if split is None else split.leave(stream.name, velocity)
         return out
 
 

@@ -8,6 +8,7 @@ images are channels-last.  Every parameter names each of its dimensions with a l
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -66,6 +67,14 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.matmul(x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + _along_last(self.bias, y)
+
+    def of_parts(self, *parts: jax.Array) -> jax.Array:
+        """The layer of its input cut along the last axis, as a sum of products: the parts are not joined."""
+        ends = np.cumsum([x.shape[-1] for x in parts])
+        kernels = jnp.split(self.kernel[...], ends[:-1], axis=0)
+        products = [jnp.matmul(x, kernel.astype(x.dtype)) for x, kernel in zip(parts, kernels, strict=True)]
+        y = functools.reduce(jnp.add, products)
         return y if self.bias is None else y + _along_last(self.bias, y)
 
 

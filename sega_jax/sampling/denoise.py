@@ -6,7 +6,7 @@ method class): sigma, guidance, spectra and the method's numbers are traced.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from sega_jax import positional as pe
@@ -21,6 +22,8 @@ from sega_jax.geometry import Grid
 from sega_jax.layouts.blocks import Leaf
 from sega_jax.layouts.streams import Content, Layout, bind
 from sega_jax.models.flux import pack, unpack
+from sega_jax.sharding.mesh import DATA, latent_sharding, put, sharding
+from sega_jax.sharding.rules import gathered
 
 
 @jax.tree_util.register_dataclass
@@ -47,13 +50,9 @@ def _twice(x: jax.Array) -> jax.Array:
     return jnp.concatenate([x, x])
 
 
-def _repeat_samples(rope: pe.Rope, batch: int) -> pe.Rope:
-    """Ropes of a batch for the batch with and without the prompt."""
-
-    def twice(x: jax.Array) -> jax.Array:
-        return _twice(x) if x.ndim > 1 and x.shape[0] == batch and batch > 1 else x
-
-    return jax.tree.map(twice, rope)
+def _filled(x: jax.Array, rows: int) -> jax.Array:
+    """The last row repeated until there are ``rows``."""
+    return jnp.pad(x, ((0, rows - x.shape[0]), *((0, 0),) * (x.ndim - 1)), mode="edge")
 
 
 Latents = jax.Array | Mapping[str, jax.Array]  # one canvas [B, H, W, C], or canvases by name
@@ -68,7 +67,16 @@ def largest(latents: Latents) -> jax.Array:
     return max(_canvases(latents).values(), key=lambda x: x.shape[1] * x.shape[2])
 
 
-@partial(jax.jit, static_argnames=("graphdef", "layout", "grid", "dtype", "backend"))
+def _per_sample(change: Callable[[jax.Array], jax.Array], rope: pe.Rope, batch: int) -> pe.Rope:
+    """``change`` of the arrays of a rope that have one row per sample."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return change(x) if x.ndim > 1 and x.shape[0] == batch and batch > 1 else x
+
+    return jax.tree.map(one, rope)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "layout", "grid", "dtype", "backend", "mesh"))
 def predict(
     params: nnx.State,
     method: pe.Method,
@@ -84,6 +92,7 @@ def predict(
     grid: Grid,
     dtype: str,
     backend: str = "auto",
+    mesh: Mesh | None = None,
 ) -> tuple[Latents, Any]:
     """Velocity ``noise - clean`` at one noise level, and the method's next state.
 
@@ -101,8 +110,9 @@ def predict(
         grid: token grid.
         dtype: of activations.
         backend: attention kernel.
+        mesh: devices; the parameters lie there (`sharding.rules.shardings`).
     """
-    model = nnx.merge(graphdef, params)
+    model = gathered(nnx.merge(graphdef, params), mesh)
     batch = largest(latents).shape[0]
     canvases = {name: pack(x.astype(jnp.float32)) for name, x in _canvases(latents).items()}
     # The embedder is affine, so its output averaged over channels is the latent times this vector (sega.md §4.1).
@@ -126,8 +136,15 @@ def predict(
         pooled = jnp.concatenate([pooled, conditioning.negative[1]])
         tokens = {name: _twice(x) for name, x in tokens.items()}
         shared = jax.tree.map(lambda x: _twice(x) if x.shape[0] == batch > 1 else x, content)
-        ropes = {n: {k: _repeat_samples(rope, batch) for k, rope in r.items()} for n, r in ropes.items()}
-    rows = text.shape[0]
+        ropes = {n: {k: _per_sample(_twice, rope, batch) for k, rope in r.items()} for n, r in ropes.items()}
+    asked = rows = text.shape[0]
+    if mesh is not None and rows % mesh.shape[DATA]:
+        rows += -rows % mesh.shape[DATA]
+        fill = partial(_filled, rows=rows)
+        text, pooled = fill(text), fill(pooled)
+        tokens = {name: fill(x) for name, x in tokens.items()}
+        shared = jax.tree.map(lambda x: fill(x) if x.shape[0] == asked > 1 else x, shared)
+        ropes = {n: {k: _per_sample(fill, rope, asked) for k, rope in r.items()} for n, r in ropes.items()}
     guidance = conditioning.guidance
     streams = model(
         {"text": text.astype(dtype)} | {name: x.astype(dtype) for name, x in tokens.items()},
@@ -137,14 +154,20 @@ def predict(
         bind(layout.calls(grid, shared), ropes),
         streams=layout.streams(),
         backend=backend,
+        mesh=mesh,
     )
-    streams = {name: x.astype(jnp.float32) for name, x in streams.items()}
+    streams = {name: x[:asked].astype(jnp.float32) for name, x in streams.items()}
     if guided:
         halves = {name: (x[:batch], x[batch:]) for name, x in streams.items()}
         streams = {name: n + conditioning.true_guidance * (p - n) for name, (p, n) in halves.items()}
     sides = {name: (x.shape[1] // 2, x.shape[2] // 2) for name, x in _canvases(latents).items()}
     left = layout.leave(streams, canvases, content)
     velocity = {name: unpack(x, *sides[name]) for name, x in left.items()}
+    if mesh is not None:
+        velocity = {
+            name: jax.lax.with_sharding_constraint(x, latent_sharding(mesh, x.shape)) for name, x in velocity.items()
+        }
+        new_state = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding(mesh)), new_state)
     return (velocity if isinstance(latents, Mapping) else velocity["image"]), new_state
 
 
@@ -191,6 +214,7 @@ class Velocity:
     spec_grid: Any  # (latent height, latent width, text tokens) -> Grid
     dtype: str
     backend: str = "auto"
+    mesh: Mesh | None = None
 
     def grid(self, latents: Latents, conditioning: Conditioning) -> Grid:
         """The token grid of these latents, or of the largest of several canvases."""
@@ -209,13 +233,20 @@ class Velocity:
         For methods that remember or read the step index, and for layouts with several canvases or traced ``content``
         (see `layouts.streams.Layout`); other arguments as in `predict`.
         """
+        sigma, step = jnp.asarray(sigma, jnp.float32), jnp.asarray(step, jnp.int32)
+        method = pe.traceable(self.method)
+        if self.mesh is not None:
+            latents = jax.tree.map(lambda x: put(x, latent_sharding(self.mesh, x.shape)), latents)
+            method, sigma, step, conditioning, state, content = jax.tree.map(
+                partial(put, where=sharding(self.mesh)), (method, sigma, step, conditioning, state, content)
+            )
         return predict(
             params,
-            pe.traceable(self.method),
+            method,
             latents,
-            jnp.asarray(sigma, jnp.float32),
+            sigma,
             conditioning,
-            jnp.asarray(step, jnp.int32),
+            step,
             state,
             content,
             graphdef=self.graphdef,
@@ -223,6 +254,7 @@ class Velocity:
             grid=self.grid(latents, conditioning),
             dtype=self.dtype,
             backend=self.backend,
+            mesh=self.mesh,
         )
 
     def __call__(self, params: nnx.State, latents: jax.Array, sigma: Any, conditioning: Conditioning) -> jax.Array:
