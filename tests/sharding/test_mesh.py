@@ -20,7 +20,14 @@ from sega_jax.sharding import mesh as M
 from sega_jax.sharding import rules
 
 CONFIG = FluxConfig(
-    in_channels=16, double_layers=1, single_layers=1, heads=4, head_dim=8, text_dim=8, pooled_dim=8, rope_dims=(4, 2, 2)
+    in_channels=16,
+    double_layers=1,
+    single_layers=1,
+    heads=4,
+    head_dim=12,
+    text_dim=8,
+    pooled_dim=8,
+    rope_dims=(4, 4, 4),
 )
 SHAPES = [(d, c, 8 // d // c) for d in (1, 2, 4, 8) for c in (1, 2, 4, 8) if d * c <= 8]
 QUICK = [(1, 8, 1), (2, 2, 2)]  # the others are as slow to compile: all of them with -m slow
@@ -161,9 +168,8 @@ def test_weights_are_gathered_one_block_at_a_time():
 
         conditioning = Conditioning(array(1, 4, config.text_dim), array(1, config.pooled_dim), array())
         compiled = predict.lower(
-            params, pe.get("none"), array(1, 8, 8, 4), array(), conditioning, array(dtype=jnp.int32), None,
+            params, pe.get("none"), array(1, 8, 8, 4), array(), conditioning, array(dtype=jnp.int32), None, None,
             graphdef=graphdef, layout=Dense(), grid=config.rope_spec((4, 4)).grid(4, 4, 4), dtype="float32", mesh=mesh,
         ).compile()  # fmt: skip
         temporary[layers] = compiled.memory_analysis().temp_size_in_bytes
     assert temporary[8] - temporary[2] < block
-    assert temporary[8] < 4 * block
