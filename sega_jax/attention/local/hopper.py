@@ -80,37 +80,68 @@ def shared_memory_bytes(depth: int, tile_k: int = TILE_K) -> int:
     return 2 * TILE_Q * depth * 2 + STAGES[depth] * 2 * tile_k * depth * 2 + TILE_Q * 4
 
 
-def _rows(total, whole, xp):
-    """i32 [S, T, 3]: tile, its visits without mask, all its visits; long rows first, else in order."""
-    tiles = total.shape[1]
-    order = xp.argsort((total.max() - total) * tiles + xp.arange(tiles, dtype=np.int32)[None, :], axis=1)
-    return xp.stack(
-        [order, xp.take_along_axis(whole, order, 1), xp.take_along_axis(total, order, 1)], -1
-    ).astype(np.int32)
+def _numbers(*arrays):
+    """NumPy where every array is known, so that the tables become constants, else jax.numpy."""
+    return jnp if any(isinstance(x, jax.core.Tracer) for x in arrays) else np
 
 
-def _dense_rows(lengths, queries: int):
-    """Rows of `_rows` when every block up to the length [S] is visited."""
-    shape = (len(lengths), -(-queries // TILE_Q))
-    xp = np if isinstance(lengths, np.ndarray) else jnp
-    whole, total = (xp.broadcast_to(n[:, None], shape) for n in (lengths // TILE_K, -(-lengths // TILE_K)))
-    return _rows(total, whole, xp)
+def _order(x, xp):
+    return np.argsort(x, kind="stable") if xp is np else jnp.argsort(x, stable=True)
 
 
-def _visits(blocks: BlockMap, lengths, queries: int):
+def _plan(whole, total, ends, batch: int, heads: int, programs: int, longest: int):
+    """Which program treats which tile of queries, and when.
+
+    Long rows go first.  Each later tile goes to the program that is ready first, if all later tiles took the mean
+    time: near enough, since they are many and their order deals them out evenly.
+
+    Args:
+        whole, total: i32 [S, T], visits without mask and all visits of a tile; S is 1 where samples are alike.
+        ends: i32 [S], valid keys.
+        longest: no tile has more visits.
+
+    Returns:
+        plan i32 [programs, J, 5]: sample and head in one number, tile, whole, total, valid keys; and i32 [programs],
+        how many of the J are real.
+    """
+    xp = _numbers(whole, total)
+    samples, tiles = total.shape
+    pairs = tiles * batch
+    place = np.broadcast_to(np.arange(tiles, dtype=np.int32)[:, None], (tiles, batch)).reshape(-1)
+    sample = np.broadcast_to(np.arange(batch, dtype=np.int32)[None, :], (tiles, batch)).reshape(-1)
+    table = sample if samples > 1 else np.zeros_like(sample)
+    order = _order(-total[table, place], xp)
+    columns = (sample, place, whole[table, place], total[table, place], ends[table])
+    rows = xp.stack([xp.asarray(x)[order] for x in columns], -1)
+
+    items = pairs * heads
+    cost = (rows[:, 3] + 1).repeat(heads).astype(np.float32)  # a tile costs about one visit by itself
+    first, rest = cost[:programs], cost[programs:]
+    mean = rest.mean() if len(rest) else np.float32(1)
+    spread = longest if xp is jnp else math.ceil((first.max() - first.min()) / mean)
+    slots = spread + -(-len(rest) // programs) + 1
+    ready = first[:, None] + np.arange(slots, dtype=np.float32)[None, :] * mean
+    rank = _order(_order(ready.reshape(-1), xp), xp).reshape(programs, slots) + programs
+    item = xp.concatenate([np.arange(programs, dtype=np.int32)[:, None], rank], 1)
+    real = item < items
+    item = xp.where(real, item, 0)
+    row = rows[item // heads]
+    plane = row[..., 0] * heads + item % heads
+    return xp.concatenate([plane[..., None], row[..., 1:]], -1).astype(np.int32), real.sum(1).astype(np.int32)
+
+
+def _visits(blocks: BlockMap, ends, queries: int):
     """What each tile of queries visits.
 
     Args:
-        lengths: i32 [S], valid keys; S is 1 where all samples are alike.
+        ends: i32 [S], valid keys; S is 1 where all samples are alike.
 
     Returns:
-        rows as of `_rows`; visits i32 [S, R, J], ``block << CODE | code`` per visited tile of keys of a query block,
-        those without mask first; bits i32 [codes, keys / 32, block_q] of the masks, code 0 hiding nothing.
+        whole and total as of `_plan`; visits i32 [S, R, J], ``block << CODE | code`` per visited tile of keys of a
+        query block, those without mask first; bits i32 [codes, keys / 32, block_q] of the masks, code 0 hiding nothing.
     """
-    known = not any(isinstance(x, jax.core.Tracer) for x in (blocks.count, lengths))
-    xp = np if known else jnp
+    xp = _numbers(blocks.count, ends)
     count, columns, pattern = (xp.asarray(x).astype(np.int32) for x in (blocks.count, blocks.columns, blocks.pattern))
-    lengths = xp.asarray(lengths)
     tile_k = _tile_k(blocks)
     parts = blocks.block_k // tile_k
     part = np.tile(np.arange(parts, dtype=np.int32), columns.shape[1])
@@ -119,27 +150,26 @@ def _visits(blocks: BlockMap, lengths, queries: int):
     code = xp.where(pattern > 0, 1 + (pattern - 1) * parts + part[None, :], 0)
     slot = np.arange(column.shape[1], dtype=np.int32)
 
-    end = lengths[:, None, None]
+    end = ends[:, None, None]
     hidden = (slot[None, :] >= count[:, None] * parts)[None] | (column[None] * tile_k >= end)
     masked = (code > 0)[None] | ((column[None] + 1) * tile_k > end)
     kind = xp.where(hidden, 2, xp.where(masked, 1, 0)).astype(np.int32)
-    order = xp.argsort(kind * len(slot) + slot[None, None, :], axis=-1)
     words = xp.broadcast_to((column << CODE | code)[None], kind.shape)
-    words = xp.take_along_axis(words, order, -1)
+    words = xp.take_along_axis(words, _order(kind, xp), -1).astype(np.int32)
 
-    tiles = -(-queries // TILE_Q)
     per_row = blocks.block_q // TILE_Q
+    tiles = -(-queries // TILE_Q)
     whole, total = ((kind <= n).sum(-1).astype(np.int32).repeat(per_row, 1)[:, :tiles] for n in (0, 1))
-    return _rows(total, whole, xp), words.astype(np.int32), _bits(blocks.patterns, tile_k)
+    return whole, total, words, _bits(blocks.patterns, tile_k)
 
 
 def _bits(patterns, tile_k: int):
     """i32 [1 + P * block_k / tile_k, tile_k / 32, block_q] from bool [P, block_q, block_k]; the first hides nothing."""
-    xp = jnp if isinstance(patterns, jax.core.Tracer) else np
+    xp = _numbers(patterns)
     count, block_q, block_k = patterns.shape
     seen = xp.asarray(patterns).astype(np.uint32)
     seen = seen.reshape(count, block_q, block_k // tile_k, tile_k // WORD, WORD).transpose(0, 2, 3, 1, 4)
-    packed = (seen << np.arange(WORD, dtype=np.uint32)).sum(-1, dtype=np.uint32)
+    packed = (seen << np.arange(WORD, dtype=np.uint32)[None, None, None, None, :]).sum(-1, dtype=np.uint32)
     packed = packed.reshape(-1, tile_k // WORD, block_q)
     packed = xp.concatenate([np.full((1, *packed.shape[1:]), 2**WORD - 1, np.uint32), packed])
     return packed.view(np.int32)
@@ -175,35 +205,40 @@ def _hidden(scores, first_key, length, bits_ref, code, row):
     return jnp.where(seen, scores, -jnp.inf)
 
 
-def _body(scale, heads, batch, programs, tile_k, per_row, has_length, keys, has_visits, simulated, *refs):
-    q_ref, k_ref, v_ref, rows_ref, *more, out_ref, lse_ref, scratch, barriers = refs
-    length_ref = more.pop(0) if has_length else None
-    visits_ref, bits_ref = more if has_visits else (None, None)
+def _body(scale, heads, tile_k, per_row, simulated, *refs):
+    q_ref, k_ref, v_ref, plan_ref, own_ref, *more, out_ref, lse_ref, scratch, barriers = refs
+    visits_ref, bits_ref = more or (None, None)
     qo_smem, k_smem, v_smem, lse_smem = scratch
     q_ready, k_ready, v_ready, q_free, k_free, v_free, turn = barriers
-    tiles, depth, stages = rows_ref.shape[1], q_ref.shape[-1], k_smem.shape[0]
+    depth, stages = q_ref.shape[-1], k_smem.shape[0]
     program, group = lax.axis_index("program"), lax.axis_index("group")
-    own = _div(tiles * batch * heads - program + programs - 1, programs)
-    per_sample = rows_ref.shape[0] > 1
 
-    def locate(n):
-        """The n-th tile of this program: head, sample, its place in the tables, and the tile."""
-        item = program + n * programs
-        head, item = _rem(item, heads), _div(item, heads)
-        sample, place = _rem(item, batch), _div(item, batch)
-        table = sample if per_sample else jnp.int32(0)
-        tile, whole, total = (rows_ref[table, place, i] for i in range(3))
-        return head, sample, table, tile, whole, total
+    def planned(n):
+        return tuple(plan_ref[program, jnp.minimum(n, plan_ref.shape[1] - 1), i] for i in range(5))
 
-    def visit(table, tile, step):
-        return None if visits_ref is None else visits_ref[table, _div(tile, per_row), step]
+    def each_tile(treat):
+        """``treat(n, planned(n), visits before it)``; the row of the next tile is on its way meanwhile."""
+
+        def tile(n, state):
+            row, done = state
+            following = planned(n + 1)
+            treat(n, row, done)
+            return following, done + row[3]
+
+        lax.fori_loop(0, own_ref[program], tile, (planned(0), jnp.int32(0)))
+
+    def visit(plane, tile, step):
+        if visits_ref is None:
+            return None
+        table = _div(plane, heads) if visits_ref.shape[0] > 1 else 0
+        return visits_ref[table, _div(tile, per_row), step]
 
     def column(word, step):
         return step if word is None else lax.shift_right_logical(word, CODE)
 
-    def fetch(n, done):
-        head, sample, table, tile, _, total = locate(n)
-        buffer = _rem(n, 2)
+    def fetch(n, row, done):
+        plane, tile, _, total, _ = row
+        sample, head, buffer = _div(plane, heads), _rem(plane, heads), _rem(n, 2)
 
         @pl.when(n > 0)
         def _():
@@ -214,7 +249,7 @@ def _body(scale, heads, batch, programs, tile_k, per_row, has_length, keys, has_
             plgpu.copy_gmem_to_smem(q_ref.at[sample, rows, head], qo_smem.at[buffer, g], q_ready.at[buffer])
 
         def step(j, _):
-            at = pl.ds(column(visit(table, tile, j), j) * tile_k, tile_k)
+            at = pl.ds(column(visit(plane, tile, j), j) * tile_k, tile_k)
             slot = _rem(done + j, stages)
             for ref, smem, ready, free in ((k_ref, k_smem, k_ready, k_free), (v_ref, v_smem, v_ready, v_free)):
 
@@ -226,7 +261,6 @@ def _body(scale, heads, batch, programs, tile_k, per_row, has_length, keys, has_
             return _
 
         lax.fori_loop(0, total, step, None)
-        return done + total
 
     factor = scale / math.log(2.0)
     by_row = plgpu.Layout.WGMMA.reduce(1)
@@ -234,11 +268,10 @@ def _body(scale, heads, batch, programs, tile_k, per_row, has_length, keys, has_
     def spread(x, shape):
         return lax.broadcast_in_dim(x, shape, [0])
 
-    def compute(n, done):
-        head, sample, table, tile, whole, total = locate(n)
-        buffer = _rem(n, 2)
+    def compute(n, row, done):
+        plane, tile, whole, total, length = row
+        sample, head, buffer = _div(plane, heads), _rem(plane, heads), _rem(n, 2)
         qo = qo_smem.at[buffer, group]
-        length = jnp.int32(keys) if length_ref is None else length_ref[sample]
         # what this warpgroup wrote for the tile before has left its buffer, which takes the queries of the next
         plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_arrive(q_free.at[1 - buffer])
@@ -263,11 +296,11 @@ def _body(scale, heads, batch, programs, tile_k, per_row, has_length, keys, has_
             scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, tile_k), jnp.float32))
             plgpu.barrier_arrive(k_free.at[slot])
             if masked:
-                word = visit(table, tile, j)
+                word = visit(plane, tile, j)
                 first = column(word, j) * tile_k
                 code = None if word is None else word & (2**CODE - 1)
-                row = _rem(tile, per_row) * TILE_Q + group * ROWS
-                scores = _hidden(scores, first, length, bits_ref, code, row)
+                inside = _rem(tile, per_row) * TILE_Q + group * ROWS
+                scores = _hidden(scores, first, length, bits_ref, code, inside)
             # the maximum is kept times the factor, so that a weight costs one multiply-add and one exponential
             new = jnp.maximum(highest, scores.max(axis=1) * factor)
             shift = jnp.where(new == -jnp.inf, 0.0, new) if masked else new
@@ -312,38 +345,31 @@ def _body(scale, heads, batch, programs, tile_k, per_row, has_length, keys, has_
         qo[...] = (acc * spread(1.0 / safe, acc.shape)).astype(qo_smem.dtype)
         lse_smem.at[group][...] = jnp.where(empty, -jnp.inf, highest * math.log(2.0) + jnp.log(safe))
         plgpu.commit_smem()
-        row = tile * TILE_Q + group * ROWS
-        plgpu.copy_smem_to_gmem(qo, out_ref.at[sample, pl.ds(row, ROWS), head])
-        plgpu.copy_smem_to_gmem(lse_smem.at[group], lse_ref.at[sample, head, pl.ds(row, ROWS)])
-        return done + total
+        at = pl.ds(tile * TILE_Q + group * ROWS, ROWS)
+        plgpu.copy_smem_to_gmem(qo, out_ref.at[sample, at, head])
+        plgpu.copy_smem_to_gmem(lse_smem.at[group], lse_ref.at[sample, head, at])
 
     @pl.when(group < 2)
     def _():
         plgpu.set_max_registers(REGISTERS["compute"], action="increase")
-        lax.fori_loop(0, own, compute, jnp.int32(0))
+        each_tile(compute)
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(group == 2)
     def _():
         plgpu.set_max_registers(REGISTERS["fetch"], action="decrease")
-        lax.fori_loop(0, own, fetch, jnp.int32(0))
+        each_tile(fetch)
 
 
-def _forward(q, k, v, lengths, tables, tile_k: int, per_row: int, scale: float, programs: int, interpret):
+def _forward(q, k, v, tables, tile_k: int, per_row: int, scale: float, interpret):
     batch, queries, heads, depth = q.shape
-    keys = k.shape[1]
-    rows, *more = tables
-    tiles, stages = rows.shape[1], STAGES[depth]
-    programs = min(programs, tiles * batch * heads)
-    has_length, has_visits = lengths is not None, bool(more)
+    stages = STAGES[depth]
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    operands = [q, k, v, rows, *((lengths.astype(jnp.int32),) if has_length else ()), *more]
 
     def smem(*shape):
         return plgpu.SMEM(shape, q.dtype, transforms=transforms)
 
-    simulated = interpret is not None
-    body = partial(_body, scale, heads, batch, programs, tile_k, per_row, has_length, keys, has_visits, simulated)
+    body = partial(_body, scale, heads, tile_k, per_row, interpret is not None)
 
     def attention(*refs):
         pl.run_scoped(
@@ -370,15 +396,17 @@ def _forward(q, k, v, lengths, tables, tile_k: int, per_row: int, scale: float, 
         attention,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, heads, tiles * TILE_Q), jnp.float32),  # rows of whole 16-byte words, for TMA
+            jax.ShapeDtypeStruct(
+                (batch, heads, -(-queries // TILE_Q) * TILE_Q), jnp.float32
+            ),  # rows of whole 16-byte words, for TMA
         ),
-        grid=(programs,),
+        grid=(tables[0].shape[0],),
         grid_names=("program",),
         num_threads=3,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(*(jnp.asarray(x) for x in operands))
+    )(q, k, v, *(jnp.asarray(x) for x in tables))
     return out, lse[:, :, :queries].swapaxes(1, 2)
 
 
@@ -386,10 +414,19 @@ def _programs() -> int:
     return getattr(jax.devices()[0], "core_count", PROGRAMS) if jax.default_backend() == "gpu" else PROGRAMS
 
 
-def _tables(request: Request):
-    queries, keys, blocks, lengths = request.q.shape[1], request.k.shape[1], request.block_map, request.kv_length
+def _tables(request: Request, programs: int):
+    """Operands of the kernel besides q, k and v; constants where map and lengths are known."""
+    batch, queries, heads, _ = request.q.shape
+    keys, blocks, lengths = request.k.shape[1], request.block_map, request.kv_length
     ends = np.array([keys], np.int32) if lengths is None else jnp.minimum(lengths.astype(jnp.int32), keys)
-    return (_dense_rows(ends, queries),) if blocks is None else _visits(blocks, ends, queries)
+    tiles = -(-queries // TILE_Q)
+    if blocks is None:
+        xp, more, longest = _numbers(ends), (), -(-keys // TILE_K)
+        whole, total = (xp.broadcast_to(n[:, None], (len(ends), tiles)) for n in (ends // TILE_K, -(-ends // TILE_K)))
+    else:
+        whole, total, *more = _visits(blocks, ends, queries)
+        longest = more[0].shape[-1]
+    return *_plan(whole, total, ends, batch, heads, min(programs, tiles * batch * heads), longest), *more
 
 
 def run(request: Request, interpret=None, programs: int | None = None) -> tuple[jax.Array, jax.Array]:
@@ -402,14 +439,14 @@ def run(request: Request, interpret=None, programs: int | None = None) -> tuple[
     refusal = _shape_refusal(request)
     if refusal is not None:
         raise ValueError(f"attention kernel for Hopper: {refusal.reason}")
-    blocks = request.block_map
-    # listed here: inside a differentiable function even a constant map is traced
-    known = _tables(request) if request.kv_length is None else None
+    blocks, programs = request.block_map, programs or _programs()
+    # planned here: inside a differentiable function even a constant map is traced
+    known = _tables(request, programs) if request.kv_length is None else None
     per_row = 1 if blocks is None else blocks.block_q // TILE_Q
-    rest = (_tile_k(blocks), per_row, request.scale, programs or _programs(), interpret)
 
     def forward(r: Request):
-        return _forward(r.q, r.k, r.v, r.kv_length, _tables(r) if known is None else known, *rest)
+        tables = _tables(r, programs) if known is None else known
+        return _forward(r.q, r.k, r.v, tables, _tile_k(blocks), per_row, r.scale, interpret)
 
     return xla.with_backward(forward)(request)
 
