@@ -419,6 +419,7 @@ def test_device_kernels_refuse_elsewhere_and_say_why():
     assert report == [
         "cudnn: refused, it runs on NVIDIA GPUs, the default device is cpu",
         "splash: refused, it runs on TPU, the default device is cpu",
+        "hopper: refused, it runs on Hopper GPUs, the default device is cpu",
         "tpu: refused, it runs on TPU, the default device is cpu",
         "xla: chosen",
         "reference: would serve",
