@@ -23,6 +23,7 @@ from sega_jax.geometry import Grid
 from sega_jax.hub import resolve
 from sega_jax.images import Image, load_image
 from sega_jax.latents import load_latents
+from sega_jax.layouts.regions import get_regions
 from sega_jax.layouts.streams import Layout
 from sega_jax.models.lora import LoraSpec, lora_specs
 from sega_jax.models.vae import normalize, sample_posterior
@@ -30,7 +31,8 @@ from sega_jax.models.vae_tiled import encode_tiled
 from sega_jax.planning import Plan, get_layout
 from sega_jax.planning import plan as make_plan
 from sega_jax.sampling.denoise import Conditioning, Velocity
-from sega_jax.sampling.sampler import Euler, Noise, Sampler
+from sega_jax.sampling.regions import CoarseMixedFine, Crpa
+from sega_jax.sampling.sampler import Euler, Noise, Sampler, State
 from sega_jax.sampling.schedule import MuPolicy, start_index
 from sega_jax.stages import TILE, VaeMode, decode_with, encode_image, encode_text
 
@@ -51,12 +53,14 @@ class Result:
         latents: model-scale latents, float32 [B, h, w, C].
         records: metadata of every picture.
         timings: seconds spent in ``encode``, ``denoise`` and ``decode``.
+        levels: with layout ``crpa``, size class of the token that shows each fine token's place, int8 [B, H, W].
     """
 
     images: list[Image]
     latents: np.ndarray
     records: list[dict]
     timings: dict[str, float]
+    levels: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -225,10 +229,13 @@ class Pipeline:
 
     def velocity(self, positional: str | pe.Method = "none", layout: str | Layout = "dense") -> Velocity:
         """The model as a pure function; see `Velocity`."""
+        layout = get_layout(layout)
+        if isinstance(layout, Crpa):
+            raise ValueError(f"layout={layout.name!r} is a way of sampling, not of one step; see sampling.regions")
         return Velocity(
             self.parts.transformer.graphdef,
             pe.get(positional),
-            get_layout(layout),
+            layout,
             _LatentGrid(self.parts.rope),
             self.dtype,
             self.backend,
@@ -265,7 +272,8 @@ class Pipeline:
         image_indices: Sequence[int] | None = None,
         batch_size: int = 1,
         positional: str | pe.Method = "auto",
-        layout: str | Layout = "dense",
+        layout: str | Layout | Crpa = "dense",
+        regions: Any = None,
         mu: MuPolicy | None = None,
         init_image: str | os.PathLike[str] | np.ndarray | None = None,
         strength: float | None = None,
@@ -291,7 +299,11 @@ class Pipeline:
             batch_size: pictures per model call; changes speed and memory, not pictures (up to rounding).
             positional: preset, expression, ``module:name``, method object, or ``"auto"``: plain at or below the
                 trained size, YaRN above (PI for nano).
-            layout: ``"dense"``.
+            layout: ``"dense"``, or ``"crpa"`` for high resolution in ``regions`` only, with options as in
+                ``"crpa(levels=3, fine=0.2)"`` (`sampling.regions.Crpa`).
+            regions: with ``crpa``, what to refine: an expression such as ``"center:0.3"``, ``"box:0,0,512,512"``,
+                ``"mask:FILE"`` or ``"auto:0.3"`` (the default), a list of them, or a bool array [H, W] of any size
+                (`layouts.regions`).
             mu: ``"clamp"``, ``"native"`` or a number; see `Schedule.mu`.
             init_image: picture to start from (path or f32 [H, W, 3] in [-1, 1]), noised to ``strength``.
             strength: share of the steps to run from ``init_image``, in (0, 1]; default 0.6.
@@ -330,6 +342,7 @@ class Pipeline:
             "layout": layout,
             "mu": mu,
             "strength": strength,
+            "regions": regions,
         }
         plans = [self.plan(text, **options) for text in prompts]
         plan = plans[0]
@@ -339,13 +352,13 @@ class Pipeline:
         given = None if init_latents is None else self._given_latents(init_latents, grid, len(jobs))
         source = None if init_image is None else self._source_image(init_image, plan, seed)
         method = positional if not isinstance(positional, str) or positional != "auto" else plan.positional
-        sampler = self.sampler(plan, method, layout, source)
+        sampler = self.sampler(plan, method, layout, source, regions)
 
         timings = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
         clock = _Clock(timings)
         conditioning = self._encoded(prompts, plan, embeddings)
         clock.stop("encode", conditioning)
-        latents, images, records = [], [], []
+        latents, images, records, levels = [], [], [], []
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
             padded = batch + [batch[-1]] * (min(batch_size, len(jobs)) - len(batch))
@@ -354,8 +367,12 @@ class Pipeline:
             if given is not None:
                 chosen = [min(first + i, len(jobs) - 1) for i in range(len(padded))]
                 noise = replace(noise, given=given[np.asarray(chosen)])
-            made = self._denoise(sampler, noise, _rows(conditioning, rows), on_step)
-            made = np.asarray(made)[: len(batch)]
+            state = self._denoise(sampler, noise, _rows(conditioning, rows), on_step)
+            made = np.asarray(sampler.latents(state))[: len(batch)]
+            if isinstance(sampler, CoarseMixedFine):
+                shown = sampler.levels_map(state)
+                levels.append(np.broadcast_to(shown, (len(padded), *shown.shape[1:]))[: len(batch)])
+            del state
             clock.stop("denoise")
             record = [self.record(plans[row], index) for row, index in batch]
             if on_latents is not None:
@@ -366,10 +383,15 @@ class Pipeline:
                 pixels = self.decode(made, vae=vae)
                 images += [Image(picture, meta) for picture, meta in zip(pixels, record, strict=True)]
                 clock.stop("decode")
-        return Result(images, np.concatenate(latents), records, timings)
+        return Result(images, np.concatenate(latents), records, timings, np.concatenate(levels) if levels else None)
 
     def sampler(
-        self, plan: Plan, method: str | pe.Method, layout: str | Layout, source: jax.Array | None = None
+        self,
+        plan: Plan,
+        method: str | pe.Method,
+        layout: str | Layout | Crpa,
+        source: jax.Array | None = None,
+        regions: Any = None,
     ) -> Sampler:
         """How the pictures of a plan come about.
 
@@ -378,11 +400,16 @@ class Pipeline:
             method: positional method; an object of one's own compiles once.
             layout: as in `generate`.
             source: latents f32 [1, h, w, C] to start from, with a plan that has a strength.
+            regions: with ``crpa``; default the plan's.
         """
         grid = self.grid(plan.height, plan.width)
         sigmas = self.parts.schedule.sigmas(plan.steps, grid.tokens, plan.mu)
         sigmas = sigmas[0 if plan.strength is None else start_index(plan.steps, plan.strength) :]
-        return Euler(self.velocity(method, layout), sigmas, self._latent_shape(grid), source)
+        layout, shape = get_layout(layout), self._latent_shape(grid)
+        if isinstance(layout, Crpa):
+            chosen = get_regions(plan.regions if regions is None else regions)
+            return CoarseMixedFine.of(self.velocity(method), sigmas, shape, layout, chosen, source=source)
+        return Euler(self.velocity(method, layout), sigmas, shape, source)
 
     def _denoise(
         self,
@@ -390,7 +417,7 @@ class Pipeline:
         noise: Noise,
         conditioning: Conditioning,
         on_step: Callable[[Progress], None] | None,
-    ) -> jax.Array:
+    ) -> State:
         state = sampler.start(noise, conditioning)
         for index in range(sampler.steps):
             begun = time.perf_counter()
@@ -398,7 +425,7 @@ class Pipeline:
             if on_step is not None:
                 jax.block_until_ready(state)
                 on_step(Progress(index + 1, sampler.steps, time.perf_counter() - begun))
-        return sampler.latents(state)
+        return state
 
     def _encoded(self, prompts: Sequence[str], plan: Plan, embeddings: Mapping[str, np.ndarray] | None) -> Conditioning:
         guidance, scale = plan.guidance, plan.true_guidance

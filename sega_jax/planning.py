@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+import ast
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
 from sega_jax import positional as pe
 from sega_jax.families import Outline
+from sega_jax.geometry import Grid
 from sega_jax.layouts.dense import Dense
+from sega_jax.layouts.regions import Regions, get_regions
 from sega_jax.layouts.streams import Layout
 from sega_jax.recipes import recipe
+from sega_jax.sampling.regions import Crpa, Estimate, estimate, levels_map, stages_of
 from sega_jax.sampling.schedule import MuPolicy, collapse_warning, start_index
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS: dict[str, Layout] = {"dense": Dense()}
+LAYOUTS: dict[str, Any] = {"dense": Dense(), "crpa": Crpa()}
+REGIONS = "auto:0.3"  # what crpa refines unless told
 
 
-def get_layout(layout: str | Layout) -> Layout:
-    """A layout by name, or the object itself.
+def get_layout(layout: str | Layout | Crpa) -> Layout | Crpa:
+    """A layout by name or expression such as ``crpa(levels=3, fine=0.2)``, or the object itself.
 
     Raises:
-        ValueError: for an unknown name; the known ones are listed.
+        ValueError: for an unknown name or option; the known ones are listed.
     """
     if not isinstance(layout, str):
         return layout
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown; known: {', '.join(LAYOUTS)}")
-    return LAYOUTS[layout]
+    if layout in LAYOUTS:
+        return LAYOUTS[layout]
+    try:
+        call = ast.parse(layout.strip(), mode="eval").body
+        name = call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
+        options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords} if name else {}
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        name, options = "", {}
+    if name not in LAYOUTS or (name and call.args):
+        raise ValueError(f"layout={layout!r} is unknown; known: {', '.join(LAYOUTS)}, with options as crpa(levels=3)")
+    known = [field.name for field in fields(LAYOUTS[name]) if field.name != "name"]
+    unknown = [str(option) for option in options if option not in known]
+    if unknown:
+        raise ValueError(
+            f"layout={layout!r}: {name} has no option {', '.join(unknown)}; known: {', '.join(known) or 'none'}"
+        )
+    return replace(LAYOUTS[name], **options)
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,8 @@ class Plan:
     mu_value: float | None
     strength: float | None
     recipe: str
+    regions: str | None = None
+    estimate: Estimate | None = None  # of layouts of mixed resolution
 
     def record(self, index: int) -> dict:
         """The fields that determine picture ``index``, as metadata stores them."""
@@ -68,7 +90,7 @@ class Plan:
             "layout": self.layout,
             "mu": self.mu,
             "strength": self.strength,
-        }
+        } | ({} if self.regions is None else {"regions": self.regions})
 
 
 def plan(
@@ -84,9 +106,10 @@ def plan(
     seed: int = 0,
     num_images: int = 1,
     positional: str | pe.Method = "auto",
-    layout: str | Layout = "dense",
+    layout: str | Layout | Crpa = "dense",
     mu: MuPolicy | None = None,
     strength: float | None = None,
+    regions: Any = None,
 ) -> Plan:
     """Validate a request and fill in its defaults; loads, compiles and computes nothing.
 
@@ -129,7 +152,9 @@ def plan(
     mu = known.mu if mu is None else mu
     sigmas = schedule.sigmas(steps, grid.tokens, mu)
     if strength is not None:
-        start_index(steps, strength)
+        sigmas = sigmas[start_index(steps, strength) :]
+    chosen = _regions(layout, regions, grid, sigmas)
+    rows = 1 if negative_prompt is None else 2
     warning = collapse_warning(sigmas)
     if warning:
         logger.warning("%s", warning)
@@ -149,4 +174,31 @@ def plan(
         mu_value=schedule.mu(grid.tokens, mu),
         strength=strength,
         recipe=known.source,
+        regions=None if chosen is None else str(chosen),
+        estimate=None if chosen is None else estimate(config, grid, sigmas, layout, chosen, rows),
     )
+
+
+def _regions(layout: Layout | Crpa, regions: Any, grid: Grid, sigmas: np.ndarray) -> Regions | None:
+    """The regions of a request, checked against its picture."""
+    if not isinstance(layout, Crpa):
+        if regions is not None:
+            raise ValueError(f"regions={str(regions)!r}: layout={layout.name!r} has none; give layout='crpa'")
+        return None
+    layout.check(grid)
+    chosen = get_regions(REGIONS if regions is None else regions)
+    whole = chosen.spread(layout.levels - 1)
+    if whole.automatic is None:
+        whole.masks(grid)
+    elif not stages_of(sigmas, layout)[1][0]:
+        raise ValueError(
+            f"regions={str(chosen)!r} are chosen from the coarse result, but no step of this run comes before "
+            f"coarse={layout.coarse:g}; draw the regions (center:0.3), or lower coarse in layout={layout.name!r}"
+        )
+    return chosen
+
+
+def regions_map(grid: Grid, plan: Plan) -> np.ndarray:
+    """Level of the token at each fine place, int8 [H, W], of regions known beforehand."""
+    layout = get_layout(plan.layout)
+    return levels_map(get_regions(plan.regions).spread(layout.levels - 1).masks(grid))[0]

@@ -16,7 +16,9 @@ from sega_jax.cli.console import Phase, progress_bar, say
 from sega_jax.cli.jobs import Batch, Job, State
 from sega_jax.images import Image
 from sega_jax.latents import load_latents, save_latents
+from sega_jax.layouts.regions import get_regions, overlay
 from sega_jax.pipeline import Pipeline, Progress, versions
+from sega_jax.planning import regions_map
 from sega_jax.sampling.schedule import start_index
 
 CACHED_PROMPTS = 64
@@ -37,6 +39,7 @@ class Engine:
         self.classes: set[tuple] = set()
         self.undecoded: list[Path] = []
         self._total = total
+        self._levels: dict[int, np.ndarray] = {}  # of jobs with regions
         self._done = 0
         self._encode = lru_cache(maxsize=CACHED_PROMPTS)(self._encode_prompt)
 
@@ -73,6 +76,7 @@ class Engine:
         with Phase("encoding the prompt"):
             embeddings = self._embeddings(rows)
         self.timings["encode"] += time.perf_counter() - begun
+        self._draw_regions(batch)
         latents = self._denoise(batch, rows, embeddings)
         records = [{**job.record, "batch_size": batch.size, **versions()} for job in batch.jobs]
         for job, one, record in zip(batch.jobs, latents, records, strict=False):
@@ -133,6 +137,7 @@ class Engine:
                 batch_size=batch.size,
                 positional=J.method_of(plan.positional),
                 layout=plan.layout,
+                regions=plan.regions,
                 mu=plan.mu,
                 embeddings=embeddings,
                 decode=False,
@@ -146,7 +151,19 @@ class Engine:
                 bar.close()
         self.timings["denoise"] += time.perf_counter() - begun
         self._done = done
+        if result.levels is not None:
+            self._levels |= {job.number: levels for job, levels in zip(batch.jobs, result.levels, strict=False)}
         return result.latents
+
+    def _draw_regions(self, batch: Batch) -> None:
+        """Pictures of regions that are known before the run, on grey."""
+        for job in batch.jobs:
+            if job.plan.regions is None or get_regions(job.plan.regions).automatic is not None:
+                continue
+            levels = regions_map(self.pipe.grid(job.plan.height, job.plan.width), job.plan)
+            grey = np.zeros((job.plan.height, job.plan.width, 3), np.float32)
+            Image(overlay(grey, levels), job.record).save(job.overlay)
+            say(f"regions of {job.out}: {job.overlay}")
 
     def _start(self, job: Job) -> np.ndarray:
         given = J.given_latents(job, self.pipe.parts)
@@ -161,6 +178,8 @@ class Engine:
         with Phase(f"decoding {job.out}"):
             pixels = self.pipe.decode(latents, vae=job.request.vae)
             Image(pixels[0], record).save(job.out)
+            if job.number in self._levels:
+                Image(overlay(pixels[0], self._levels.pop(job.number)), record).save(job.overlay)
         self.timings["decode"] += time.perf_counter() - begun
         self.undecoded.remove(job.latents)
         if not job.keeps_latents:

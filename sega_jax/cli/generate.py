@@ -27,7 +27,7 @@ class Generate(ModelOptions):
     prompt: Annotated[tyro.conf.Positional[str | None], option("[PROMPT]")] = None
     """What the picture shows."""
     prompts: Annotated[Path | None, option("FILE.jsonl")] = None
-    """One JSON object per line, with any of the keys prompt, negative_prompt, size, positional, layout, steps,
+    """One JSON object per line, with any of the keys prompt, negative_prompt, size, positional, layout, regions, steps,
     guidance, true_guidance, seed, num_images, mu, init_image, strength, init_latents, embeddings, vae, out,
     save_latents; each replaces the option of that name for its row."""
     from_image: Annotated[Path | None, option("IMAGE")] = None
@@ -41,7 +41,11 @@ class Generate(ModelOptions):
     ] = None
     """Preset (see `sega-jax methods`), expression such as "ntk(strength=2.0)+sega_magnitude()", or module:name."""
     layout: Annotated[str | None, option("LAYOUT", "dense")] = None
-    """Where tokens sit and whom they see."""
+    """Where tokens sit and whom they see: dense, or crpa (high resolution in --regions only), with options as in
+    "crpa(levels=3, fine=0.2)"; see docs/crpa.md."""
+    regions: Annotated[str | None, option("REGIONS", "auto:0.3 with --layout crpa")] = None
+    """What crpa refines: center:SHARE, box:LEFT,TOP,WIDTH,HEIGHT (pixels or fractions), mask:FILE, auto:SHARE (by
+    saliency of the coarse result); joined by +.  A picture OUT.regions.png shows them."""
     steps: Annotated[int | None, option("N", "by model, see --dry-run")] = None
     """Model evaluations."""
     guidance: Annotated[float | None, option("SCALE", "by model")] = None
@@ -277,6 +281,8 @@ def _recipe_line(job: Any) -> str:
         parts.append(f"guidance {plan.guidance:g}")
     if plan.negative_prompt is not None:
         parts.append(f"true guidance {plan.true_guidance:g}")
+    if plan.estimate is not None:
+        parts.append(f"layout {plan.layout}, regions {plan.regions}: {plan.estimate}")
     return f"{', '.join(parts)} [defaults: {plan.recipe}]"
 
 
@@ -303,6 +309,8 @@ def _plan_entry(job: Any, outline: Any) -> dict:
         "stretch": [grid.stretch[1], grid.stretch[0]],
         "auto": job.request.positional == "auto",
         "mu_value": job.plan.mu_value,
+        "flops": job.plan.estimate and job.plan.estimate.flops,
+        "share_of_full": job.plan.estimate and job.plan.estimate.share,
         "source": job.plan.recipe,
         "recipe": _recipe_line(job),
         "record": job.record,

@@ -57,6 +57,11 @@ class Job:
     state: State = State.NEW
 
     @property
+    def overlay(self) -> Path:
+        """Picture of the regions, beside the image; for layouts with regions."""
+        return self.out.with_name(f"{self.out.stem}.regions.png")
+
+    @property
     def keeps_latents(self) -> bool:
         """Whether the latents were asked for, and stay."""
         return self.request.save_latents is not None
@@ -213,6 +218,7 @@ def make_jobs(requests: Sequence[Request], outline: Outline, run: dict[str, Any]
                 num_images=len(request.indices),
                 positional=request.positional,
                 layout=request.layout,
+                regions=request.regions,
                 mu=request.mu,
                 strength=request.strength,
             )
@@ -297,7 +303,7 @@ def call_key(job: Job) -> tuple:
     plan = job.plan
     tied = (job.request.row, job.record["init_image"]["sha256"]) if job.request.init_image else None
     return (class_key(job, 0), plan.steps, plan.guidance, plan.true_guidance, plan.positional, plan.mu, plan.strength,
-            text_tokens(job), tied)  # fmt: skip
+            plan.regions, text_tokens(job), tied)  # fmt: skip
 
 
 def text_tokens(job: Job) -> int | None:
@@ -311,7 +317,8 @@ def class_key(job: Job, batch: int) -> tuple:
     plan = job.plan
     structure = jax.tree.structure(pe.traceable(method_of(plan.positional)))
     guided = plan.negative_prompt is not None
-    return plan.height, plan.width, batch, str(structure), guided, plan.layout, text_tokens(job)
+    mixed = plan.estimate and plan.estimate.layout
+    return plan.height, plan.width, batch, str(structure), guided, plan.layout, mixed, text_tokens(job)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ ROW_SCHEMA: dict[str, tuple[type, ...]] = {
     "size": (int, str),
     "positional": (str,),
     "layout": (str,),
+    "regions": (str,),
     "steps": (int,),
     "guidance": (int, float),
     "true_guidance": (int, float),
@@ -71,6 +72,7 @@ class Request:
     size: tuple[int, int] | None = None
     positional: str = "auto"
     layout: str = "dense"
+    regions: str | None = None
     steps: int | None = None
     guidance: float | None = None
     true_guidance: float | None = None
@@ -198,6 +200,7 @@ def check(request: Request) -> None:
         ValueError, TypeError: for the first such field.
     """
     from sega_jax import positional as pe
+    from sega_jax.layouts.regions import parse_regions
     from sega_jax.planning import get_layout
 
     if request.steps is not None and request.steps < 1:
@@ -220,6 +223,8 @@ def check(request: Request) -> None:
     if request.positional != "auto":
         pe.get(request.positional)
     get_layout(request.layout)
+    if request.regions is not None:
+        parse_regions(request.regions)
     check_pattern(request.out, (".png", ".jpg", ".jpeg", ".webp"), "out")
     if request.save_latents is not None:
         check_pattern(request.save_latents, (".safetensors",), "save_latents")
