@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from converters import verify as verification
 from converters.components import CONFIG_KEY, Checkpoint, Part, open_checkpoint
+from converters.digest import file_hashes
 from converters.errors import CheckpointError
 from converters.files import flush, staged
 from converters.formats import inside, read_json, read_pipeline
@@ -46,6 +48,7 @@ DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
 }
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_FILES_NOTED = 5000  # files of the source named in the report (an Orbax source has one per array)
 _SPARE = 64 << 20  # bytes that a conversion leaves free on the disk
 
 
@@ -321,7 +324,6 @@ def convert(
             "source": {
                 "name": Path(source).name,
                 "layout": checkpoint.layout,
-                "files": [{"name": file.name, "bytes": file.stat().st_size} for file in checkpoint.files[:1000]],
             },
             "loras": [{"name": lora.name, "weight": weight} for lora, weight in merged],
             "to": to,
@@ -335,7 +337,7 @@ def convert(
             with Progress(needed, "convert", progress) as bar:
                 _write(checkpoint, to, product, rest, kind, form, shard, threads, bar)
             written = time.perf_counter()
-            flush(product)
+            report["source"]["files"] = _hash_while_flushing(checkpoint.files, product, threads, progress)
             report["seconds"] = {"write": written - started, "flush": time.perf_counter() - written}
             if verify:
                 report["seconds"]["verify"] = _verify(
@@ -345,6 +347,16 @@ def convert(
             write_text(beside, json.dumps(report, indent=1))
             flush(beside)
     return report
+
+
+def _hash_while_flushing(files: Sequence[Path], product: Path, threads: int, progress: bool) -> list[dict[str, Any]]:
+    """Name, size and SHA-256 of the source's files, computed while the output goes to the disk."""
+    sizes = {file: file.stat().st_size for file in files[:_FILES_NOTED]}
+    with ThreadPoolExecutor(1) as pool, Progress(sum(sizes.values()), "hash", progress) as bar:
+        flushed = pool.submit(flush, product)
+        hashes = file_hashes(list(sizes), threads, bar)
+        flushed.result()
+    return [{"name": file.name, "bytes": sizes[file], "sha256": hashes[file]} for file in sizes]
 
 
 def _verify(

@@ -90,6 +90,7 @@ def _flush(path: Path, flags: int) -> None:
 # -- staging: several files that appear together -------------------------------------------------------------------
 
 _LOCK = ".lock"
+_OLD = ".lock.old"  # what an overwritten destination is called until the new one is in place
 
 
 def _stages(final: Path) -> list[Path]:
@@ -113,15 +114,20 @@ def _hold(stage: Path) -> int | None:
 def remove_leftovers(final: str | os.PathLike[str]) -> list[Path]:
     """Removes what killed runs with this destination left behind; runs still alive keep theirs.
 
+    A destination that such a run had taken away to replace it, and did not replace, comes back.
+
     Returns:
         The folders that were removed.
     """
-    removed: list[Path] = []
+    final, removed = Path(final), []
     if fcntl is None:
         return removed
-    for stage in _stages(Path(final)):
+    for stage in _stages(final):
         descriptor = _hold(stage)
         if descriptor is not None:
+            # Killed between taking the old destination away and putting the new one in its place.
+            if os.path.lexists(stage / _OLD) and not os.path.lexists(final):
+                os.replace(stage / _OLD, final)
             shutil.rmtree(stage, ignore_errors=True)
             os.close(descriptor)
             removed.append(stage)
@@ -152,13 +158,15 @@ def staged(final: str | os.PathLike[str], *, overwrite: bool = False) -> Iterato
         CheckpointError: the destination exists, its folder does not, or it cannot be written.
     """
     final = Path(final)
-    if os.path.lexists(final) and not overwrite:
-        raise CheckpointError(f"{final}: already exists; choose another destination, or pass --overwrite to replace it")
     if not final.parent.is_dir():
         raise CheckpointError(f"{final.parent}: no such folder; create it first")
     stage = final.parent / f".{final.name}.partial-{secrets.token_hex(8)}"
     try:
-        remove_leftovers(final)
+        remove_leftovers(final)  # may bring back a destination, so it comes before the question whether there is one
+        if os.path.lexists(final) and not overwrite:
+            raise CheckpointError(
+                f"{final}: already exists; choose another destination, or pass --overwrite to replace it"
+            )
         stage.mkdir()
         lock = _hold(stage)
     except OSError as exc:
@@ -169,7 +177,7 @@ def staged(final: str | os.PathLike[str], *, overwrite: bool = False) -> Iterato
         companions = [entry for entry in stage.iterdir() if entry.name not in (_LOCK, final.name)]
         old = None
         if os.path.lexists(final):
-            old = stage / f"{_LOCK}.old"
+            old = stage / _OLD
             os.replace(final, old)
         try:
             for companion in companions:

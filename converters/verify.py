@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from converters.components import Checkpoint, Part, open_checkpoint
+from converters.digest import Digest
 from converters.errors import CheckpointError
 from converters.families import slot_name
 from converters.keymap import Slot
@@ -22,7 +23,7 @@ from converters.quantised import BY_STORAGE, Format
 from converters.sources import is_float, scale_of
 from converters.stream import Progress, all_finite, blocks, contiguous, default_workers, in_parallel
 
-_BLOCK = 1 << 20  # bytes compared at a time: small enough to stay in the cache while they are hashed
+_BLOCK = 1 << 19  # bytes compared at a time: small enough to stay in the cache while they are hashed
 # Largest relative error of rounding to nearest, and half the smallest step near zero.
 _ROUNDING = {"bfloat16": (2.0**-8, 2.0**-134), "float16": (2.0**-11, 2.0**-25), "float32": (2.0**-24, 2.0**-150)}
 
@@ -41,7 +42,7 @@ class Findings:
         largest_step: largest error among those, in scales.
         wrong: slots that are neither, with the reason.
         nonfinite: slots that hold NaN or infinity in the source.
-        hashes: slot -> SHA-256 of type, shape and values of the source.
+        hashes: slot -> `converters.digest.Digest` of type, shape and values of the source.
     """
 
     slots: int = 0
@@ -66,14 +67,14 @@ def stored_order(slot: Slot, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _digest(array: np.ndarray) -> hashlib._Hash:
-    return hashlib.sha256(f"{array.dtype.name} {array.shape}\n".encode())
+def _digest(array: np.ndarray) -> Digest:
+    return Digest(f"{array.dtype.name} {array.shape}")
 
 
 def _hash(array: np.ndarray) -> str:
     digest = _digest(array)
     for block in blocks(array):
-        digest.update(block.reshape(-1).view(np.uint8))
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -131,7 +132,7 @@ def _compare(
         for start in range(0, a.shape[0], rows):
             x = contiguous(a[start : start + rows]).reshape(-1)
             y = contiguous(b[start : start + rows]).reshape(-1)
-            digest.update(x.view(np.uint8))
+            digest.update(x)
             finite &= all_finite(x)
             if stored is not None:
                 scale = np.ascontiguousarray(stored[1][start : start + rows]).reshape(-1)

@@ -1,5 +1,6 @@
 """Round trips between layouts, bit for bit, and what verification says about them."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -348,7 +349,9 @@ def test_report_is_stored_and_printed(tmp_path, tiny, capsys):
     stored = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert stored == json.loads(json.dumps(report))
     assert len(stored["components"]["vae"]["verify"]["hashes"]) == stored["components"]["vae"]["slots"]
-    assert stored["source"]["files"][-1]["bytes"] == component_files(source)[0].stat().st_size
+    (weights,) = component_files(source)
+    entry = {"name": weights.name, "bytes": weights.stat().st_size}
+    assert stored["source"]["files"] == [entry | {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}]
     assert f"fingerprint {stored['source']['fingerprint']}" in str(inspect(tmp_path / "out"))
     assert "equal bit for bit" in summary(stored)
     go(source, tmp_path / "ae.safetensors", to="bfl")

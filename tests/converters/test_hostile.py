@@ -499,6 +499,33 @@ convert({str(source)!r}, {str(tmp_path / "out")!r}, to={target!r}, workers=1, pr
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(["source", "out", *extra])
 
 
+def test_sigkill_while_overwriting_brings_the_old_one_back(tmp_path, tiny):
+    """Killed between taking the old destination away and putting the new one there."""
+    old, new = tiny.component(tmp_path / "old", "vae"), tiny.component(tmp_path / "new", "vae", seed=1)
+    convert(old, tmp_path / "out", to="diffusers", progress=False)
+    code = f"""
+import os, signal
+from converters import files
+real = os.replace
+def replace(source, target):
+    real(source, target)
+    if str(source) == {str(tmp_path / "out")!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+files.os.replace = replace
+from converters.convert import convert
+convert({str(new)!r}, {str(tmp_path / "out")!r}, to="diffusers", overwrite=True, progress=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match="already exists"):
+        convert(new, tmp_path / "out", to="diffusers", progress=False)
+    assert tiny.read(file_of(tmp_path / "out")) == tiny.read(file_of(old))
+    convert(new, tmp_path / "out", to="diffusers", overwrite=True, progress=False)
+    assert tiny.read(file_of(tmp_path / "out")) == tiny.read(file_of(new))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["new", "old", "out"]
+
+
 def test_a_living_run_keeps_its_folder(tmp_path, tiny):
     from converters.files import remove_leftovers, staged
 
