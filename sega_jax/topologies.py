@@ -5,9 +5,9 @@
     place = SingleDeviceSharding(devices("v5p:2x2x1")[0])
     jax.jit(f).lower(jax.ShapeDtypeStruct((8, 128), "bfloat16", sharding=place)).compile().memory_analysis()
 
-TPUs need libtpu (extra ``tpu``), GPUs the CUDA plugin of the same version as jax (``jax-cuda13-plugin`` and
-``jax-cuda13-pjrt``; neither driver nor CUDA libraries are needed to compile).  Both may live in one process, whose
-own platform may be ``JAX_PLATFORMS=cpu``.
+TPUs need libtpu (extra ``tpu``), GPUs the CUDA plugin of the same version as jax (extra ``aot-gpu``; neither driver
+nor CUDA libraries are needed to compile).  Both may live in one process, whose own platform may be
+``JAX_PLATFORMS=cpu``.
 """
 
 from __future__ import annotations
@@ -86,10 +86,9 @@ def missing(target: str) -> str | None:
     else:
         plugins = importlib.util.find_spec("jax_plugins") is not None
         installed = plugins and any(importlib.util.find_spec(f"jax_plugins.{name}") for name in _CUDA_PLUGINS)
-        version = jax.__version__
         what = (
-            "the CUDA plugin: pip install 'sega-jax[cuda13]' or, only to compile, "
-            f"pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
+            "the CUDA plugin: pip install 'sega-jax[cuda13]' or, only to compile, 'sega-jax[aot-gpu]' "
+            f"(Python >= 3.12; its version must be that of jax, {jax.__version__})"
         )
     return None if installed else f"compiling for {target} needs {what}"
 

@@ -217,7 +217,7 @@ def _body(scale, heads, tile_k, per_row, simulated, *refs):
         return tuple(plan_ref[program, jnp.minimum(n, plan_ref.shape[1] - 1), i] for i in range(5))
 
     def each_tile(treat):
-        """``treat(n, planned(n), visits before it)``; the row of the next tile is on its way meanwhile."""
+        """``treat(n, planned(n), visits before it)``, the next row on its way meanwhile; gives all tiles and visits."""
 
         def tile(n, state):
             row, done = state
@@ -225,7 +225,8 @@ def _body(scale, heads, tile_k, per_row, simulated, *refs):
             treat(n, row, done)
             return following, done + row[3]
 
-        lax.fori_loop(0, own_ref[program], tile, (planned(0), jnp.int32(0)))
+        own = own_ref[program]
+        return own, lax.fori_loop(0, own, tile, (planned(0), jnp.int32(0)))[1]
 
     def visit(plane, tile, step):
         if visits_ref is None:
@@ -273,7 +274,7 @@ def _body(scale, heads, tile_k, per_row, simulated, *refs):
         sample, head, buffer = _div(plane, heads), _rem(plane, heads), _rem(n, 2)
         qo = qo_smem.at[buffer, group]
         # what this warpgroup wrote for the tile before has left its buffer, which takes the queries of the next
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(q_free.at[1 - buffer])
         plgpu.barrier_wait(q_ready.at[buffer])
 
@@ -352,13 +353,22 @@ def _body(scale, heads, tile_k, per_row, simulated, *refs):
     @pl.when(group < 2)
     def _():
         plgpu.set_max_registers(REGISTERS["compute"], action="increase")
-        each_tile(compute)
+        _, done = each_tile(compute)
+        pl.when((group == 0) & (done > 0))(lambda: plgpu.barrier_wait(turn))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(group == 2)
     def _():
         plgpu.set_max_registers(REGISTERS["fetch"], action="decrease")
-        each_tile(fetch)
+        own, done = each_tile(fetch)
+        # no barrier is left with an arrival that nobody awaited; the simulator of jax 0.11 insists
+        plgpu.barrier_wait(q_free.at[_rem(own, 2)])
+        for slot in range(stages):
+
+            @pl.when(done > slot)
+            def _():
+                plgpu.barrier_wait(k_free.at[slot])  # noqa: B023 traced at once
+                plgpu.barrier_wait(v_free.at[slot])  # noqa: B023
 
 
 def _forward(q, k, v, tables, tile_k: int, per_row: int, scale: float, interpret):
