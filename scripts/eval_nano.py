@@ -1,0 +1,60 @@
+"""Measure nano: ``python scripts/eval_nano.py benchmarks/nano-quality.json --scales 1 2 4 --count 64``.
+
+Rows that the file already holds are kept.  ``--page FILE`` writes the table into the page, between its marks;
+``--sheet FILE`` draws one prompt under several methods at 1x, 2x and 4x.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import sega_jax as sj
+from sega_jax.evaluation import compare
+
+SHOWN = ("none", "ntk", "yarn", "dype-yarn", "sega")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, nargs="?", help="JSON file, made or continued")
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--scales", type=int, nargs="+", default=[2])
+    parser.add_argument("--methods", nargs="+", default=list(compare.METHODS), choices=compare.METHODS)
+    parser.add_argument("--count", type=int, default=64, help="unseen prompts, one seed each")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--page", type=Path, help="Markdown page with <!-- table --> marks")
+    parser.add_argument("--sheet", type=Path, help="PNG to draw")
+    parser.add_argument("--prompt", default="a red circle with stripes in the centre, white background")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    pipe = sj.Pipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
+    native = pipe.parts.rope.trained[0] * pipe.parts.rope.pixels_per_token
+    if arguments.table is not None:
+        sides = [scale * native for scale in arguments.scales]
+        table = compare.run(
+            pipe, arguments.table, methods=arguments.methods, sides=sides, count=arguments.count,
+            steps=arguments.steps, batch=arguments.batch, report=lambda text: print(text, flush=True),
+        )  # fmt: skip
+        summary = compare.summarize(table)
+        print(summary)
+        if arguments.page is not None:
+            marked = re.compile(r"(<!-- table -->\n).*?(\n<!-- end of table -->)", re.DOTALL)
+            page = arguments.page.read_text()
+            if not marked.search(page):
+                raise SystemExit(f"{arguments.page} has no <!-- table --> and <!-- end of table --> marks")
+            arguments.page.write_text(marked.sub(lambda found: found[1] + summary + found[2], page))
+    if arguments.sheet is not None:
+        sides = [native, 2 * native, 4 * native]
+        picture = compare.sheet(
+            pipe, arguments.prompt, sides, SHOWN, seed=arguments.seed, steps=arguments.steps, shown=native
+        )
+        sj.Image(picture).save(arguments.sheet)
+
+
+if __name__ == "__main__":
+    main()
