@@ -17,11 +17,13 @@ import numpy as np
 from flax import nnx
 
 import sega_jax
+from sega_jax import ladders
 from sega_jax import positional as pe
 from sega_jax.families import Parts, load_parts
 from sega_jax.geometry import Grid
 from sega_jax.hub import resolve
 from sega_jax.images import Image, load_image
+from sega_jax.ladders import Rung
 from sega_jax.latents import load_latents
 from sega_jax.layouts.regions import get_regions
 from sega_jax.layouts.streams import Layout
@@ -31,6 +33,7 @@ from sega_jax.models.vae_tiled import encode_tiled
 from sega_jax.planning import Plan, get_layout
 from sega_jax.planning import plan as make_plan
 from sega_jax.sampling.denoise import Conditioning, Velocity
+from sega_jax.sampling.ladder import Codec, Ladder, Level
 from sega_jax.sampling.regions import CoarseMixedFine, Crpa
 from sega_jax.sampling.sampler import Euler, Noise, Sampler, State
 from sega_jax.sampling.schedule import MuPolicy, start_index
@@ -247,13 +250,17 @@ class Pipeline:
 
     def encode_image(self, images: np.ndarray, seed: int = 0) -> jax.Array:
         """Images f32 [B, H, W, 3] in [-1, 1] to model-scale latents f32 [B, H/8, W/8, C] (posterior sampled)."""
+        mean, logvar = self._moments(images)
+        key = jax.random.fold_in(jax.random.key(seed), 2**31)  # apart from every image index
+        return normalize(self.parts.vae_config, sample_posterior(jnp.asarray(mean), jnp.asarray(logvar), key))
+
+    def _moments(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and log-variance of the posterior of images; above 2048 x 2048 in tiles."""
         parts = self.parts
         run = partial(encode_image, graphdef=parts.vae.graphdef, dtype=self.dtype)
         tile = TILE if images.shape[1] * images.shape[2] > 2048**2 else max(images.shape[1:3])
         factor = parts.vae_config.factor
-        mean, logvar = encode_tiled(lambda x: run(self.parts.vae.params, x), images, factor=factor, tile=tile)
-        key = jax.random.fold_in(jax.random.key(seed), 2**31)  # apart from every image index
-        return normalize(parts.vae_config, sample_posterior(jnp.asarray(mean), jnp.asarray(logvar), key))
+        return encode_tiled(lambda x: run(parts.vae.params, x), images, factor=factor, tile=tile)
 
     # -- the whole way -------------------------------------------------------------------------------------------
 
@@ -277,6 +284,7 @@ class Pipeline:
         mu: MuPolicy | None = None,
         init_image: str | os.PathLike[str] | np.ndarray | None = None,
         strength: float | None = None,
+        ladder: str | Sequence[Rung] | None = None,
         init_latents: str | os.PathLike[str] | np.ndarray | None = None,
         embeddings: Mapping[str, np.ndarray] | None = None,
         decode: bool = True,
@@ -299,14 +307,18 @@ class Pipeline:
             batch_size: pictures per model call; changes speed and memory, not pictures (up to rounding).
             positional: preset, expression, ``module:name``, method object, or ``"auto"``: plain at or below the
                 trained size, YaRN above (PI for nano).
-            layout: ``"dense"``, or ``"crpa"`` for high resolution in ``regions`` only, with options as in
-                ``"crpa(levels=3, fine=0.2)"`` (`sampling.regions.Crpa`).
+            layout: ``"dense"``; ``"crpa"`` for high resolution in ``regions`` only (`sampling.regions.Crpa`); or
+                ``"scalediff"``, which climbs to sizes above the trained one by a ladder (`layouts.neighborhood`);
+                options as in ``"crpa(levels=3, fine=0.2)"`` or ``"scalediff(jitter=True)"``.
             regions: with ``crpa``, what to refine: an expression such as ``"center:0.3"``, ``"box:0,0,512,512"``,
                 ``"mask:FILE"`` or ``"auto:0.3"`` (the default), a list of them, or a bool array [H, W] of any size
                 (`layouts.regions`).
             mu: ``"clamp"``, ``"native"`` or a number; see `Schedule.mu`.
             init_image: picture to start from (path or f32 [H, W, 3] in [-1, 1]), noised to ``strength``.
             strength: share of the steps to run from ``init_image``, in (0, 1]; default 0.6.
+            ladder: sizes to climb, as in ``"1024,2048 positional=sega layout=dense,4096"`` (see `sega_jax.ladders`):
+                the first is made from noise, or is ``init_image``; each of the others starts from the one before.
+                ``layout`` and ``positional`` are those of sizes that name none; the first size is dense.
             init_latents: initial noise f32 [B, h, w, C] instead of the seed's, or a file of them.
             embeddings: precomputed ``text`` [B, T, text_dim] and ``pooled`` [B, pooled_dim] used in place of the
                 encoders' output, one row per prompt (``negative_text``, ``negative_pooled`` for a negative prompt).
@@ -325,10 +337,8 @@ class Pipeline:
             raise ValueError(f"batch_size={batch_size!r}: expected a positive whole number")
         if strength is not None and init_image is None:
             raise ValueError(f"strength={strength}: only with init_image")
-        if init_image is not None:
-            if init_latents is not None:
-                raise ValueError("init_image and init_latents are both given; the run can start from one of them")
-            strength = 0.6 if strength is None else strength
+        if init_image is not None and init_latents is not None:
+            raise ValueError("init_image and init_latents are both given; the run can start from one of them")
         options = {
             "negative_prompt": negative_prompt,
             "width": width,
@@ -343,16 +353,18 @@ class Pipeline:
             "mu": mu,
             "strength": strength,
             "regions": regions,
+            "ladder": ladder,
+            "from_picture": init_image is not None,
         }
         plans = [self.plan(text, **options) for text in prompts]
         plan = plans[0]
-        grid = self.grid(plan.height, plan.width)
+        grid = self.grid(*plan.first_size)
         indices = list(range(num_images)) if image_indices is None else list(image_indices)
         jobs = [(row, index) for row in range(len(prompts)) for index in indices]
         given = None if init_latents is None else self._given_latents(init_latents, grid, len(jobs))
-        source = None if init_image is None else self._source_image(init_image, plan, seed)
+        source = None if init_image is None else self._source_image(init_image, plan)
         method = positional if not isinstance(positional, str) or positional != "auto" else plan.positional
-        sampler = self.sampler(plan, method, layout, source, regions)
+        sampler = self.sampler(plan, method, layout, source, regions, vae)
 
         timings = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
         clock = _Clock(timings)
@@ -390,8 +402,9 @@ class Pipeline:
         plan: Plan,
         method: str | pe.Method,
         layout: str | Layout | Crpa,
-        source: jax.Array | None = None,
+        source: np.ndarray | None = None,
         regions: Any = None,
+        vae: VaeMode = "auto",
     ) -> Sampler:
         """How the pictures of a plan come about.
 
@@ -399,17 +412,47 @@ class Pipeline:
             plan: the request.
             method: positional method; an object of one's own compiles once.
             layout: as in `generate`.
-            source: latents f32 [1, h, w, C] to start from, with a plan that has a strength.
+            source: picture f32 [1, H, W, 3] to start from, with a plan that has a strength or a ladder.
             regions: with ``crpa``; default the plan's.
+            vae: how to decode between the stages of a ladder.
         """
+        if plan.ladder is not None:
+            return self._ladder(plan, method, source, vae)
         grid = self.grid(plan.height, plan.width)
         sigmas = self.parts.schedule.sigmas(plan.steps, grid.tokens, plan.mu)
         sigmas = sigmas[0 if plan.strength is None else start_index(plan.steps, plan.strength) :]
         layout, shape = get_layout(layout), self._latent_shape(grid)
+        latents = None if source is None else self.encode_image(source, plan.seed)
         if isinstance(layout, Crpa):
             chosen = get_regions(plan.regions if regions is None else regions)
-            return CoarseMixedFine.of(self.velocity(method), sigmas, shape, layout, chosen, source=source)
-        return Euler(self.velocity(method, layout), sigmas, shape, source)
+            return CoarseMixedFine.of(self.velocity(method), sigmas, shape, layout, chosen, source=latents)
+        return Euler(self.velocity(method, layout), sigmas, shape, latents)
+
+    def _ladder(self, plan: Plan, method: str | pe.Method, source: np.ndarray | None, vae: VaeMode) -> Ladder:
+        levels = []
+        for number, rung in enumerate(plan.ladder):
+            sigmas = ladders.sigmas_of(plan.ladder, number, self.parts)
+            # an object of one's own may have no name that leads back to it
+            own = rung.positional == plan.positional
+            levels.append(
+                Level(
+                    self.velocity(method if own else rung.positional, rung.layout),
+                    sigmas,
+                    self._latent_shape(self.grid(rung.height, rung.width)),
+                    ladders.gammas_of(rung, sigmas),
+                    rung.rho_mix or ladders.RHO,
+                    rung.rho_guide or ladders.RHO,
+                    rung.reference or "mixed",
+                    rung.posterior != "mean",
+                )
+            )
+
+        def encode(image: jax.Array, noise: jax.Array | None) -> jax.Array:
+            mean, logvar = self._moments(np.asarray(image))
+            chosen = jnp.asarray(mean) if noise is None else mean + jnp.exp(0.5 * logvar) * noise
+            return normalize(self.parts.vae_config, chosen)
+
+        return Ladder(tuple(levels), Codec(partial(self.decode, vae=vae), encode), source)
 
     def _denoise(
         self,
@@ -453,13 +496,14 @@ class Pipeline:
             raise ValueError(f"init_latents {latents.shape}: this request needs {expected} [B, h, w, C]")
         return latents
 
-    def _source_image(self, image: Any, plan: Plan, seed: int) -> jax.Array:
+    def _source_image(self, image: Any, plan: Plan) -> np.ndarray:
+        height, width = plan.first_size
         if isinstance(image, (str, os.PathLike)):
-            image = load_image(image, size=(plan.width, plan.height))
+            image = load_image(image, size=(width, height))
         image = np.asarray(image, np.float32)
-        if image.shape != (plan.height, plan.width, 3):
-            raise ValueError(f"init_image {image.shape}: expected {(plan.height, plan.width, 3)}, float in [-1, 1]")
-        return self.encode_image(image[None], seed)
+        if image.shape != (height, width, 3):
+            raise ValueError(f"init_image {image.shape}: expected {(height, width, 3)}, float in [-1, 1]")
+        return image[None]
 
     def record(self, plan: Plan, index: int) -> dict:
         """Metadata of picture ``index`` of a plan made by this pipeline."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ast
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
+from sega_jax import ladders
 from sega_jax import positional as pe
 from sega_jax.families import Outline
 from sega_jax.geometry import Grid
 from sega_jax.layouts.dense import Dense
+from sega_jax.layouts.neighborhood import Neighborhood
 from sega_jax.layouts.regions import Regions, get_regions
 from sega_jax.layouts.streams import Layout
 from sega_jax.recipes import recipe
@@ -21,7 +24,7 @@ from sega_jax.sampling.schedule import MuPolicy, collapse_warning, start_index
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS: dict[str, Any] = {"dense": Dense(), "crpa": Crpa()}
+LAYOUTS: dict[str, Any] = {"dense": Dense(), "crpa": Crpa(), "scalediff": Neighborhood()}
 REGIONS = "auto:0.3"  # what crpa refines unless told
 
 
@@ -73,6 +76,19 @@ class Plan:
     recipe: str
     regions: str | None = None
     estimate: Estimate | None = None  # of layouts of mixed resolution
+    ladder: tuple[ladders.Rung, ...] | None = None
+
+    @property
+    def first_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the initial noise has."""
+        return (self.height, self.width) if self.ladder is None else (self.ladder[0].height, self.ladder[0].width)
+
+    def evaluations(self, from_picture: bool = False) -> int:
+        """Steps that are run, over all stages."""
+        if self.ladder is not None:
+            counts = [rung.steps - (rung.start or 0) for rung in self.ladder]
+            return sum(counts[1:] if from_picture else counts)
+        return self.steps - (0 if self.strength is None else start_index(self.steps, self.strength))
 
     def record(self, index: int) -> dict:
         """The fields that determine picture ``index``, as metadata stores them."""
@@ -90,6 +106,7 @@ class Plan:
             "layout": self.layout,
             "mu": self.mu,
             "strength": self.strength,
+            **({} if self.ladder is None else {"ladder": ladders.text_of(self.ladder)}),
         } | ({} if self.regions is None else {"regions": self.regions})
 
 
@@ -110,18 +127,32 @@ def plan(
     mu: MuPolicy | None = None,
     strength: float | None = None,
     regions: Any = None,
+    ladder: str | Sequence[ladders.Rung] | None = None,
+    from_picture: bool = False,
 ) -> Plan:
     """Validate a request and fill in its defaults; loads, compiles and computes nothing.
 
     Args:
         outline: of the pipeline that is to serve it.
         prompt: text; the other fields as in `Pipeline.generate`.
+        from_picture: whether the run starts from a picture.
 
     Raises:
         ValueError, TypeError: for the first field that cannot be served, with value and remedy.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt={prompt!r}: expected a string")
+    rungs = ladders.parse(ladder) if isinstance(ladder, str) else ladder
+    if rungs is not None:
+        rungs = tuple(rungs)
+        if (width, height) not in ((None, None), (rungs[-1].width, rungs[-1].height)):
+            raise ValueError(
+                f"width={width}, height={height} with a ladder that ends at {rungs[-1].width}x{rungs[-1].height}; "
+                "leave the size out, or make the last size of the ladder the same"
+            )
+        width, height = rungs[-1].width, rungs[-1].height
+        if strength is not None:
+            raise ValueError(f"strength={strength} with a ladder: its stages start at tau=… (or start=…) instead")
     native, side = outline.rope.trained, outline.rope.pixels_per_token
     height = native[0] * side if height is None else height
     width = native[1] * side if width is None else width
@@ -146,8 +177,28 @@ def plan(
         raise ValueError(f"num_images={num_images!r}: expected a positive whole number")
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 4294967295")
-    method = pe.get(known.positional if isinstance(positional, str) and positional == "auto" else positional)
     layout = get_layout(layout)
+    if isinstance(layout, Neighborhood) and rungs is None and strength is None and max(grid.stretch) > 1:
+        rungs = ladders.doubling(grid)
+    if rungs is not None:
+        auto = isinstance(positional, str) and positional == "auto"
+        rungs = ladders.resolve(
+            rungs,
+            outline,
+            positional="auto" if auto else pe.describe(pe.get(positional)),
+            layout=layout,
+            steps=steps,
+            mu=mu,
+            source=from_picture,
+        )
+        if auto:
+            positional = rungs[-1].positional
+        layout = get_layout(rungs[-1].layout)
+    if from_picture and rungs is None and strength is None:
+        strength = 0.6
+    method = pe.get(known.positional if isinstance(positional, str) and positional == "auto" else positional)
+    if not isinstance(layout, Crpa):
+        layout.grids(grid)  # refuses a grid that it cannot lay out
     steps = known.steps if steps is None else steps
     mu = known.mu if mu is None else mu
     sigmas = schedule.sigmas(steps, grid.tokens, mu)
@@ -176,6 +227,7 @@ def plan(
         recipe=known.source,
         regions=None if chosen is None else str(chosen),
         estimate=None if chosen is None else estimate(config, grid, sigmas, layout, chosen, rows),
+        ladder=rungs,
     )
 
 

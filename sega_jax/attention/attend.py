@@ -12,6 +12,7 @@ from sega_jax.attention.context.route import attend_split, split_backend
 from sega_jax.attention.context.split import Split
 from sega_jax.attention.local import Request, choose
 from sega_jax.attention.merge import merge
+from sega_jax.layouts.blocks import BlockMap
 from sega_jax.layouts.streams import Call, KeySet, Tokens
 from sega_jax.positional.rope import rotate
 
@@ -85,6 +86,59 @@ def _attend_set(q: Streams, k: Streams, v: Streams, keys: KeySet, backend: str) 
     return out.reshape(batch, groups, *out.shape[1:]), lse.reshape(batch, groups, *lse.shape[1:])
 
 
+def _average(out: jax.Array, index: ArrayLike, length: int) -> jax.Array:
+    """[B, groups, n, H, D] -> [B, length, H, D], the mean of the rows of each token; float32 sums."""
+    batch, groups, count, heads, width = out.shape
+    index = jnp.asarray(index)
+    index = jnp.broadcast_to(index.reshape(-1, groups * count), (batch, groups * count))
+    rows = out.reshape(batch, groups * count, heads, width).astype(jnp.float32)
+
+    def one(row: jax.Array, i: jax.Array) -> jax.Array:
+        total = jnp.zeros((length, heads, width), jnp.float32).at[i].add(row, mode="drop")
+        times = jnp.zeros((length,), jnp.float32).at[i].add(1.0, mode="drop")
+        return total / jnp.maximum(times, 1.0)[:, None, None]
+
+    return jax.vmap(one)(rows, index).astype(out.dtype)
+
+
+def _groups(tokens: Tokens) -> int:
+    """Groups that these tokens tell apart."""
+    by_index = 1 if tokens.index is None or tokens.index.ndim < 3 else tokens.index.shape[1]
+    return max(by_index, 1 if tokens.table is None else tokens.table.cos.shape[1])
+
+
+def _attend_all(q: Streams, k: Streams, v: Streams, call: Call, backend: str) -> jax.Array:
+    """All sets of a call, merged: [B, groups, n, H, D]."""
+    out, lse = _attend_set(q, k, v, call.sets[0], backend)
+    for keys in call.sets[1:]:
+        out, lse = merge((out, lse), _attend_set(q, k, v, keys, backend))
+    return out
+
+
+def _attend_by_parts(q: Streams, k: Streams, v: Streams, call: Call, backend: str) -> jax.Array:
+    """`_attend_all`, ``call.groups_at_once`` groups at a time."""
+    size = call.groups_at_once
+    groups = max(_groups(t) for keys in call.sets for t in (*keys.queries, *keys.keys))
+    if groups % size:
+        raise ValueError(f"groups_at_once={size}: does not divide {groups} groups")
+    leaves, structure = jax.tree.flatten(call, is_leaf=lambda x: isinstance(x, BlockMap))
+    # indices and tables [b, groups, n, ...] and key counts [b, groups]; what all groups share stays as it is
+    cut = [not isinstance(x, BlockMap) and x.ndim > 1 and x.shape[1] == groups for x in leaves]
+
+    def split(x: ArrayLike) -> jax.Array:
+        x = jnp.asarray(x)
+        return jnp.moveaxis(x.reshape(x.shape[0], groups // size, size, *x.shape[2:]), 1, 0)
+
+    def part(some: list[jax.Array]) -> jax.Array:
+        given = iter(some)
+        chosen = [next(given) if c else x for x, c in zip(leaves, cut, strict=True)]
+        return _attend_all(q, k, v, jax.tree.unflatten(structure, chosen), backend)
+
+    parts = [split(x) for x, c in zip(leaves, cut, strict=True) if c]
+    out = jnp.moveaxis(jax.lax.map(part, parts), 0, 1)  # [B, parts, size, n, H, D]
+    return out.reshape(out.shape[0], groups, *out.shape[3:])
+
+
 def attend(
     q: Streams,
     k: Streams,
@@ -122,16 +176,17 @@ def _attend_here(q: Streams, k: Streams, v: Streams, calls: tuple[Call, ...], ba
     """Attention over whole streams on one device."""
     results: dict[str, jax.Array] = {}
     for call in calls:
-        out, lse = _attend_set(q, k, v, call.sets[0], backend)
-        for keys in call.sets[1:]:
-            out, lse = merge((out, lse), _attend_set(q, k, v, keys, backend))
+        everything = _attend_all if call.groups_at_once is None else _attend_by_parts
+        out = everything(q, k, v, call, backend)
         start = 0
         for tokens, reduction in zip(call.sets[0].queries, call.reduce, strict=True):
             length = q[tokens.stream].shape[1]
             count = length if tokens.index is None else tokens.index.shape[-1]
             rows = out[:, :, start : start + count]
             start += count
-            if reduction == "mean":
+            if reduction == "mean" and tokens.index is not None:
+                result = _average(rows, tokens.index, length)
+            elif reduction == "mean":
                 result = rows.astype(jnp.float32).mean(1).astype(rows.dtype)
             elif tokens.index is None:
                 result = rows[:, 0]

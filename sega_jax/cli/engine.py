@@ -19,7 +19,6 @@ from sega_jax.latents import load_latents, save_latents
 from sega_jax.layouts.regions import get_regions, overlay
 from sega_jax.pipeline import Pipeline, Progress, versions
 from sega_jax.planning import regions_map
-from sega_jax.sampling.schedule import start_index
 
 CACHED_PROMPTS = 64
 
@@ -89,14 +88,15 @@ class Engine:
         first = rows[0]
         plan = first.plan
         options: dict[str, Any] = {}
-        if first.request.init_image is not None:
-            # Rows of such a batch are of one request; the picture is encoded once.
-            options |= {
-                "init_image": Path(first.request.init_image.file).expanduser(),
-                "strength": plan.strength,
-                "seed": plan.seed,
-                "image_indices": [job.index for job in rows],
-            }
+        if first.request.init_image is not None or plan.ladder is not None:
+            # Rows of such a batch are of one request: one picture to encode, one seed for noise between stages.
+            options |= {"seed": plan.seed, "image_indices": [job.index for job in rows]}
+            if first.request.init_image is not None:
+                options |= {"init_image": Path(first.request.init_image.file).expanduser(), "strength": plan.strength}
+            elif first.request.init_latents is not None:
+                options["init_latents"] = np.concatenate([self._start(job) for job in rows])
+            if plan.ladder is not None:
+                options |= {"ladder": plan.ladder, "vae": first.request.vae}
             embeddings = {name: array[:1] for name, array in embeddings.items()}
             prompts = [plan.prompt]
         else:
@@ -112,8 +112,7 @@ class Engine:
         label = f"image {count} of {self._total}"
         bar = phase = None
         if batch.key in self.classes:
-            skipped = 0 if plan.strength is None else start_index(plan.steps, plan.strength)
-            bar = progress_bar(plan.steps - skipped, label)
+            bar = progress_bar(plan.evaluations(first.request.init_image is not None), label)
         else:
             self.classes.add(batch.key)
             several = f", batch of {batch.size}" if batch.size > 1 else ""
@@ -169,7 +168,7 @@ class Engine:
         given = J.given_latents(job, self.pipe.parts)
         if given is not None:
             return given
-        return np.asarray(self.pipe.noise(job.plan.seed, job.plan.height, job.plan.width, [job.index]))
+        return np.asarray(self.pipe.noise(job.plan.seed, *job.plan.first_size, [job.index]))
 
     def _finish(self, job: Job, latents: np.ndarray, record: dict) -> None:
         if job.latents not in self.undecoded:

@@ -28,7 +28,7 @@ class Generate(ModelOptions):
     """What the picture shows."""
     prompts: Annotated[Path | None, option("FILE.jsonl")] = None
     """One JSON object per line, with any of the keys prompt, negative_prompt, size, positional, layout, regions, steps,
-    guidance, true_guidance, seed, num_images, mu, init_image, strength, init_latents, embeddings, vae, out,
+    guidance, true_guidance, seed, num_images, mu, init_image, strength, ladder, init_latents, embeddings, vae, out,
     save_latents; each replaces the option of that name for its row."""
     from_image: Annotated[Path | None, option("IMAGE")] = None
     """Repeat this picture from its record; options that are given replace the record's."""
@@ -41,11 +41,16 @@ class Generate(ModelOptions):
     ] = None
     """Preset (see `sega-jax methods`), expression such as "ntk(strength=2.0)+sega_magnitude()", or module:name."""
     layout: Annotated[str | None, option("LAYOUT", "dense")] = None
-    """Where tokens sit and whom they see: dense, or crpa (high resolution in --regions only), with options as in
-    "crpa(levels=3, fine=0.2)"; see docs/crpa.md."""
+    """Where tokens sit and whom they see: dense, crpa (high resolution in --regions only) or scalediff (windows; climbs
+    to large sizes by a ladder), with options as in "crpa(levels=3, fine=0.2)" or "scalediff(jitter=True)"; see
+    docs/crpa.md and docs/scalediff.md."""
     regions: Annotated[str | None, option("REGIONS", "auto:0.3 with --layout crpa")] = None
     """What crpa refines: center:SHARE, box:LEFT,TOP,WIDTH,HEIGHT (pixels or fractions), mask:FILE, auto:SHARE (by
     saliency of the coarse result); joined by +.  A picture OUT.regions.png shows them."""
+    ladder: Annotated[str | None, option("SIZES", "with scalediff: doubling from the trained size")] = None
+    """Sizes to climb, each starting from the one before: "1024,2048,4096", with options per size as in
+    "1024, 2048 layout=dense positional=sega, 4096 tau=0.5 gamma=none".  With --init-image the picture takes the place
+    of the first size."""
     steps: Annotated[int | None, option("N", "by model, see --dry-run")] = None
     """Model evaluations."""
     guidance: Annotated[float | None, option("SCALE", "by model")] = None
@@ -156,6 +161,8 @@ class Generate(ModelOptions):
             ]
         if record is not None:
             base = R.from_record(record, str(self.from_image))
+            if "ladder" in base:
+                base = _without_ladder(base, given, str(self.from_image))
             index = record["image_index"]
             if not isinstance(index, int) or isinstance(index, bool) or index < 0:
                 raise ValueError(f"{self.from_image}: image_index={index!r} in its record")
@@ -245,6 +252,25 @@ class Generate(ModelOptions):
             say(f"warning: {self.from_image} depends on the other pictures of its batch, which are not repeated")
 
 
+def _without_ladder(base: dict[str, Any], given: dict[str, Any], where: str) -> dict[str, Any]:
+    """A record's fields without what a given ladder or size replaces.
+
+    Raises:
+        ValueError: for options that the record's ladder settles size by size.
+    """
+    if "ladder" in given:
+        return {name: value for name, value in base.items() if name != "size"}
+    if "size" in given:
+        return {name: value for name, value in base.items() if name != "ladder"}
+    settled = [name for name in ("steps", "positional", "layout", "mu") if name in given]
+    if settled:
+        raise ValueError(
+            f"{settled[0]}={given[settled[0]]!r}: {where} was made by a ladder, whose sizes say theirs; "
+            f"change it there: --ladder {shell(base['ladder'])}"
+        )
+    return base
+
+
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
     """Lets ``--positional module:name`` find modules in the current folder, after all others."""
@@ -277,6 +303,8 @@ def _recipe_line(job: Any) -> str:
         f"mu {_mu(plan)}",
         f"{plan.steps} steps",
     ]
+    if plan.ladder is not None:
+        parts = [f"{plan.width}x{plan.height} by the ladder {job.record['ladder']}"]
     if plan.guidance is not None:
         parts.append(f"guidance {plan.guidance:g}")
     if plan.negative_prompt is not None:

@@ -156,7 +156,7 @@ def given_latents(job: Job, outline: Outline) -> np.ndarray | None:
     source = job.request.init_latents
     if source is None:
         return None
-    height, width = job.plan.height, job.plan.width
+    height, width = job.plan.first_size
     latents = _latents(source.file, height, width)
     grid = outline.rope.grid_for_pixels(height, width)
     expected = (2 * grid.height, 2 * grid.width, outline.transformer_config.in_channels // 4)
@@ -221,6 +221,8 @@ def make_jobs(requests: Sequence[Request], outline: Outline, run: dict[str, Any]
                 regions=request.regions,
                 mu=request.mu,
                 strength=request.strength,
+                ladder=request.ladder,
+                from_picture=request.init_image is not None,
             )
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}{error}") from error
@@ -302,6 +304,8 @@ def call_key(job: Job) -> tuple:
     """Jobs with one key can be rows of one model call."""
     plan = job.plan
     tied = (job.request.row, job.record["init_image"]["sha256"]) if job.request.init_image else None
+    if plan.ladder is not None:  # its stages draw noise of their own, by one seed per call
+        tied = (job.request.row, job.record["ladder"], tied)
     return (class_key(job, 0), plan.steps, plan.guidance, plan.true_guidance, plan.positional, plan.mu, plan.strength,
             plan.regions, text_tokens(job), tied)  # fmt: skip
 
@@ -318,7 +322,8 @@ def class_key(job: Job, batch: int) -> tuple:
     structure = jax.tree.structure(pe.traceable(method_of(plan.positional)))
     guided = plan.negative_prompt is not None
     mixed = plan.estimate and plan.estimate.layout
-    return plan.height, plan.width, batch, str(structure), guided, plan.layout, mixed, text_tokens(job)
+    sizes = None if plan.ladder is None else tuple((r.width, r.height, r.layout, r.positional) for r in plan.ladder)
+    return plan.height, plan.width, batch, str(structure), guided, plan.layout, mixed, text_tokens(job), sizes
 
 
 @dataclass(frozen=True)

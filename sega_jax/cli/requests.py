@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ ROW_SCHEMA: dict[str, tuple[type, ...]] = {
     "mu": (str, int, float),
     "init_image": (str,),
     "strength": (int, float),
+    "ladder": (str,),
     "init_latents": (str,),
     "embeddings": (str,),
     "vae": (str,),
@@ -60,7 +61,7 @@ class Request:
         row: number of the row, from 0.
         size: (width, height) in pixels, or None for the trained size.
         indices: image indices to make.
-        strength: of an image-to-image run, None otherwise.
+        strength: of an image-to-image run, None for its default.
         Other fields as in `Pipeline.generate`, None where the recipe decides.
     """
 
@@ -79,6 +80,7 @@ class Request:
     seed: int = 0
     mu: Any = None
     strength: float | None = None
+    ladder: str | None = None
     init_image: FileRow | None = None
     init_latents: FileRow | None = None
     embeddings: FileRow | None = None
@@ -188,8 +190,6 @@ def _build(values: dict[str, Any], where: str, row: int, indices: tuple[int, ...
         values["prompt"] = ""
     request = Request(where, row, indices=tuple(range(count)) if indices is None else indices, **values)
     check(request)
-    if request.init_image is not None and request.strength is None:
-        request = replace(request, strength=0.6)
     return request
 
 
@@ -199,6 +199,7 @@ def check(request: Request) -> None:
     Raises:
         ValueError, TypeError: for the first such field.
     """
+    from sega_jax import ladders
     from sega_jax import positional as pe
     from sega_jax.layouts.regions import parse_regions
     from sega_jax.planning import get_layout
@@ -225,6 +226,8 @@ def check(request: Request) -> None:
     get_layout(request.layout)
     if request.regions is not None:
         parse_regions(request.regions)
+    if request.ladder is not None:
+        ladders.parse(request.ladder)
     check_pattern(request.out, (".png", ".jpg", ".jpeg", ".webp"), "out")
     if request.save_latents is not None:
         check_pattern(request.save_latents, (".safetensors",), "save_latents")

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from sega_jax.geometry import Grid
@@ -96,12 +97,16 @@ class Call:
 
     Attributes:
         sets: key sets; all name the same query streams and indices (positions may differ).
-        reduce: per query stream, ``"scatter"`` writes each output row to its token, ``"mean"`` averages over
-            the groups (every group asks with the whole stream).
+        reduce: per query stream, ``"scatter"`` writes each output row to its token, ``"mean"`` averages what a
+            token's questions got: over the groups where every group asks with the whole stream, else over the
+            rows of the index that name it.
+        groups_at_once: gather and compute this many groups at a time (it divides their number), so that keys shared
+            by many groups are not all copied at once; None is all.
     """
 
     sets: tuple[KeySet, ...]
     reduce: tuple[Reduction, ...] = field(metadata={"static": True})
+    groups_at_once: int | None = field(default=None, metadata={"static": True})
 
 
 @runtime_checkable
@@ -111,7 +116,11 @@ class Layout(Protocol):
     The object itself is static (hashable, part of what is compiled): names, sizes, capacities.  Whatever may change
     without compiling again (regions, jitter offsets, cached tokens) is ``content``, a pytree of arrays handed to
     `Velocity.advance` with every step; each of its arrays has a leading axis of the batch size or of 1, and is
-    repeated with the batch under true guidance.  Layouts without any are called with None.
+    repeated with the batch under true guidance.  Layouts without any are called with None.  A layout that draws its
+    content anew for every step has ``draw(key, grid) -> content`` (see `draw`).
+
+    A layout may have ``order(grid) -> {stream: i32 [N]}``, the order in which the model is to hold a stream's tokens
+    and in which `calls` counts them; `enter` and `leave` are around it (see `ordered`).
 
     A canvas is a whole picture of latents; a sampler's latents are one array (the canvas ``"image"``) or a dict of
     canvases by name, of which the largest one has the step's grid.
@@ -139,6 +148,20 @@ class Layout(Protocol):
         ...
 
     def calls(self, grid: Grid, content: Content) -> tuple[Call, ...]: ...
+
+
+def ordered(
+    layout: Layout, grid: Grid, streams: Mapping[str, jax.Array], inverse: bool = False
+) -> dict[str, jax.Array]:
+    """Streams [B, N, C] in the order that the layout's calls count, or back; as they are where it asks for none."""
+    orders = layout.order(grid) if hasattr(layout, "order") else {}
+    orders = {name: np.argsort(order) if inverse else order for name, order in orders.items()}
+    return {name: x[:, orders[name]] if name in orders else x for name, x in streams.items()}
+
+
+def draw(layout: Layout, key: jax.Array, grid: Grid) -> Content:
+    """The content of one step of a layout that draws it; None for the others."""
+    return layout.draw(key, grid) if hasattr(layout, "draw") else None
 
 
 def _table(rope: Rope, ids: ArrayLike) -> Table:

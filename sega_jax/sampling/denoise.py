@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from sega_jax import positional as pe
 from sega_jax.geometry import Grid
 from sega_jax.layouts.blocks import Leaf
-from sega_jax.layouts.streams import Content, Layout, bind
+from sega_jax.layouts.streams import Content, Layout, bind, ordered
 from sega_jax.models.flux import pack, unpack
 from sega_jax.sharding.mesh import DATA, latent_sharding, put, sharding
 from sega_jax.sharding.rules import gathered
@@ -121,13 +121,14 @@ def predict(
     ropes, new_state = {}, {}
     for name, rope_grid in layout.grids(grid).items():
         canvas = canvases[name] if name in canvases else pack(largest(latents).astype(jnp.float32))
-        spectrum = pe.statistic(method, canvas, rope_grid, probe)
+        seen = rope_grid if rope_grid.tokens == canvas.shape[1] else grid  # windows: the statistic is the canvas's
+        spectrum = pe.statistic(method, canvas, seen, probe)
         memory = None if state is None else state[name]
         signals = pe.Signals(sigma=sigma, spectrum=spectrum, step=step, state=memory)
         ropes[name] = method(rope_grid, signals)
         new_state[name] = pe.next_state(method, rope_grid, signals)
 
-    tokens = layout.enter(canvases, content)
+    tokens = ordered(layout, grid, layout.enter(canvases, content))
     shared = content  # of the rows with and without the prompt
     text, pooled = conditioning.text, conditioning.pooled
     guided = conditioning.negative is not None
@@ -161,7 +162,7 @@ def predict(
         halves = {name: (x[:batch], x[batch:]) for name, x in streams.items()}
         streams = {name: n + conditioning.true_guidance * (p - n) for name, (p, n) in halves.items()}
     sides = {name: (x.shape[1] // 2, x.shape[2] // 2) for name, x in _canvases(latents).items()}
-    left = layout.leave(streams, canvases, content)
+    left = layout.leave(ordered(layout, grid, streams, inverse=True), canvases, content)
     velocity = {name: unpack(x, *sides[name]) for name, x in left.items()}
     if mesh is not None:
         velocity = {
