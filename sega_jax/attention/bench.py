@@ -21,15 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from sega_jax.attention.local import Request, choose, kernels, tiles
+from sega_jax.layouts.blocks import from_blocks
 from sega_jax.layouts.windows import block_map
 
-PATTERNS = ("dense", "scale-dit-k", "scale-dit-p", "scalediff")
+PATTERNS = ("dense", "full", "scale-dit-k", "scale-dit-p", "scalediff")
 NATIVE = 64  # tokens per side of a ScaleDiff window's keys; its queries are half as wide
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention to measure: ``pixels`` per side at 16 pixels per token, plus text."""
+    """One attention to measure: ``pixels`` per side at 16 pixels per token, plus text.
+
+    ``"full"`` is the dense one under a block map that visits everything: what a map costs by itself.
+    """
 
     pattern: str
     pixels: int
@@ -55,6 +59,9 @@ class Case:
             batch = max(1, 2 * side // NATIVE) ** 2
             queries, keys = (NATIVE // 2) ** 2 + self.text, min(side, NATIVE) ** 2 + self.text
             pairs = float(batch) * queries * keys
+        elif self.pattern == "full":
+            rows, columns = (-(-queries // side) for side in self.block)
+            blocks = from_blocks(np.zeros((rows, columns), int), np.zeros((0, *self.block), bool), *self.block)
         elif self.pattern != "dense":
             mask = "kernel" if self.pattern == "scale-dit-k" else "paper"
             blocks = block_map(side, side, self.text, mask, *self.block)
@@ -167,7 +174,8 @@ def measure(case: Case, backends: tuple[str, ...] | None = None, rounds: int = 5
         runs["torch"], temporary["torch"] = peer, None
         errors["torch"] = _error(request, peer().transpose(1, 2).float().numpy())
     size = 2_048 if jax.default_backend() == "cpu" else 8_192
-    square = jnp.ones((size, size), case.dtype)
+    # random numbers: a GPU multiplies constants on less power, and so faster than anything real
+    square = jax.random.normal(jax.random.key(1), (size, size), jnp.float32).astype(case.dtype)
     product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     runs["matmul"] = lambda: product(square)
     best = _fastest(runs, rounds)

@@ -16,7 +16,7 @@ class Bench:
     pixels: Annotated[tuple[int, ...], option("PX ...", "1024 2048 4096 6144")] = (1024, 2048, 4096, 6144)
     """Sides of the image, at 16 pixels per token."""
     patterns: Annotated[tuple[str, ...], option("NAME ...", "all of them; dense with --tune")] = ()
-    """dense, scale-dit-k, scale-dit-p, scalediff."""
+    """dense, full, scale-dit-k, scale-dit-p, scalediff."""
     dtypes: Annotated[tuple[Literal["bfloat16", "float32"], ...], option("DTYPE ...", "bfloat16")] = ("bfloat16",)
     """Of queries, keys and values."""
     text: Annotated[int, option("N", "512")] = 512

@@ -11,6 +11,7 @@ from sega_jax.attention import bench
     ("pattern", "pixels", "pairs"),
     [
         ("dense", 512, (1024 + 128) ** 2),
+        ("full", 512, (1024 + 128) ** 2),
         ("scalediff", 512, 1 * (1024 + 128) * (1024 + 128)),
         ("scale-dit-p", 1024, None),
     ],
