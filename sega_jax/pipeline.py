@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 import sega_jax
 from sega_jax import ladders
 from sega_jax import positional as pe
-from sega_jax.families import Parts, load_parts
+from sega_jax.attention.context.route import SCHEMES
+from sega_jax.families import Parts, family_of, load_parts
 from sega_jax.geometry import Grid
 from sega_jax.hub import resolve
 from sega_jax.images import Image, load_image
@@ -35,8 +37,11 @@ from sega_jax.planning import plan as make_plan
 from sega_jax.sampling.denoise import Conditioning, Velocity
 from sega_jax.sampling.ladder import Codec, Ladder, Level
 from sega_jax.sampling.regions import CoarseMixedFine, Crpa
+from sega_jax.sampling.resume import Checkpoint, digest
 from sega_jax.sampling.sampler import Euler, Noise, Sampler, State
 from sega_jax.sampling.schedule import MuPolicy, start_index
+from sega_jax.sharding.mesh import TENSOR, describe, resolve_mesh, to_host
+from sega_jax.sharding.rules import param_sharding
 from sega_jax.stages import TILE, VaeMode, decode_with, encode_image, encode_text
 
 logger = logging.getLogger(__name__)
@@ -85,6 +90,8 @@ class Pipeline:
         dtype: of activations and parameters.
         backend: attention kernel, or ``"auto"``.
         loras: merged into the weights.
+        mesh: devices the weights lie on and the work is shared by; None is the default device.
+        context: scheme by which attention meets the mesh's context axis, or ``"auto"``.
     """
 
     parts: Parts
@@ -92,6 +99,8 @@ class Pipeline:
     dtype: str
     backend: str = "auto"
     loras: tuple[LoraSpec, ...] = ()
+    mesh: Mesh | None = None
+    context: str = "auto"
 
     @classmethod
     def from_pretrained(
@@ -102,6 +111,8 @@ class Pipeline:
         transformer: str | os.PathLike[str] | None = None,
         backend: str = "auto",
         loras: Sequence[Any] = (),
+        mesh: Mesh | str | None = None,
+        context: str = "auto",
         **hub: Any,
     ) -> Pipeline:
         """Load a pipeline.
@@ -114,6 +125,9 @@ class Pipeline:
                 or a single file of Black Forest Labs or ComfyUI.
             backend: attention kernel, or ``"auto"``.
             loras: LoRAs of any dialect to merge into the weights: paths, ``"path:weight"`` or (path, weight).
+            mesh: devices to share the work: a mesh (`sega_jax.sharding.make_mesh`), ``"auto"`` for all of them, or
+                sizes such as ``"data=1,context=4,tensor=2"``.  Changes pictures by rounding at most.
+            context: ``"auto"``, ``"ulysses"``, ``"ring"`` or ``"product"``, see `sega_jax.attention.context.route`.
             **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` of `sega_jax.hub.resolve`.
 
         Raises:
@@ -129,8 +143,19 @@ class Pipeline:
         if other is not None and not other.exists():
             raise ValueError(f"transformer={str(other)!r}: no such folder or file")
         merged = lora_specs(loras)
-        parts = load_parts(folder, dtype=dtype, transformer=other, loras=merged)
-        return cls(parts, os.fspath(model), dtype, backend, merged)
+        mesh = resolve_mesh(mesh)
+        if context not in ("auto", *SCHEMES):
+            raise ValueError(f"context={context!r}: expected auto, {', '.join(SCHEMES)}")
+        if mesh is not None:
+            heads = family_of(folder).outline(folder, other).transformer_config.heads
+            if heads % mesh.shape[TENSOR]:
+                raise ValueError(
+                    f"mesh={describe(mesh)}: tensor={mesh.shape[TENSOR]} does not divide this model's {heads} "
+                    "attention heads; use a divisor"
+                )
+        where = None if mesh is None else lambda _path, param: param_sharding(param, mesh)
+        parts = load_parts(folder, dtype=dtype, transformer=other, shardings=where, loras=merged)
+        return cls(parts, os.fspath(model), dtype, backend, merged, mesh, context)
 
     @property
     def params(self) -> nnx.State:
@@ -241,12 +266,13 @@ class Pipeline:
             layout,
             _LatentGrid(self.parts.rope),
             self.dtype,
-            self.backend,
+            self.backend if self.context == "auto" else f"{self.context}+{self.backend}",
+            self.mesh,
         )
 
     def decode(self, latents: jax.Array | np.ndarray, *, vae: VaeMode = "auto") -> np.ndarray:
         """Model-scale latents f32 [B, h, w, C] to images f32 [B, 8h, 8w, 3]; see `decode_with`."""
-        return decode_with(self.parts.vae, self.parts.vae_config, latents, dtype=self.dtype, mode=vae)
+        return decode_with(self.parts.vae, self.parts.vae_config, latents, dtype=self.dtype, mode=vae, mesh=self.mesh)
 
     def encode_image(self, images: np.ndarray, seed: int = 0) -> jax.Array:
         """Images f32 [B, H, W, 3] in [-1, 1] to model-scale latents f32 [B, H/8, W/8, C] (posterior sampled)."""
@@ -291,6 +317,7 @@ class Pipeline:
         vae: VaeMode = "auto",
         on_step: Callable[[Progress], None] | None = None,
         on_latents: Callable[[np.ndarray, list[dict]], None] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Result:
         """Pictures for one or more prompts.
 
@@ -326,6 +353,8 @@ class Pipeline:
             vae: see `decode`.
             on_step: called after every step of every batch.
             on_latents: called with latents and records of a batch before it is decoded, so that they can be saved.
+            checkpoint: saves the state every few steps and goes on from there (`sampling.resume`); the last state of
+                every batch stays until `Checkpoint.clear`.
 
         Returns:
             A `Result`.
@@ -379,8 +408,15 @@ class Pipeline:
             if given is not None:
                 chosen = [min(first + i, len(jobs) - 1) for i in range(len(padded))]
                 noise = replace(noise, given=given[np.asarray(chosen)])
-            state = self._denoise(sampler, noise, _rows(conditioning, rows), on_step)
-            made = np.asarray(sampler.latents(state))[: len(batch)]
+            durable = None
+            if checkpoint is not None:
+                request = checkpoint.request or {
+                    "pictures": [self._request(plans[row], index) for row, index in padded],
+                    "given": digest((noise.given, source, embeddings)),
+                }
+                durable = _Durable(checkpoint.part(f"batch-{first:04d}"), request)
+            state = self._denoise(sampler, noise, _rows(conditioning, rows), on_step, durable)
+            made = to_host(sampler.latents(state))[: len(batch)]
             if isinstance(sampler, CoarseMixedFine):
                 shown = sampler.levels_map(state)
                 levels.append(np.broadcast_to(shown, (len(padded), *shown.shape[1:]))[: len(batch)])
@@ -460,14 +496,19 @@ class Pipeline:
         noise: Noise,
         conditioning: Conditioning,
         on_step: Callable[[Progress], None] | None,
+        durable: _Durable | None = None,
     ) -> State:
-        state = sampler.start(noise, conditioning)
-        for index in range(sampler.steps):
+        state, done = sampler.start(noise, conditioning), 0
+        if durable is not None:
+            done, state = durable.checkpoint.start(durable.request, state)
+        for index in range(done, sampler.steps):
             begun = time.perf_counter()
             state = sampler.step(self.params, state, conditioning, index)
             if on_step is not None:
                 jax.block_until_ready(state)
                 on_step(Progress(index + 1, sampler.steps, time.perf_counter() - begun))
+            if durable is not None:
+                durable.checkpoint.after(index + 1, sampler.steps, durable.request, state)
         return state
 
     def _encoded(self, prompts: Sequence[str], plan: Plan, embeddings: Mapping[str, np.ndarray] | None) -> Conditioning:
@@ -513,13 +554,30 @@ class Pipeline:
             "backend": self.backend,
             "model": self.source,
             **({"loras": [lora.record() for lora in self.loras]} if self.loras else {}),
-            **versions(),
+            **self.place(),
         }
+
+    def _request(self, plan: Plan, index: int) -> dict:
+        """The record of a picture without what changes it by rounding only."""
+        place = self.place()
+        return {name: value for name, value in self.record(plan, index).items() if name not in place}
+
+    def place(self) -> dict[str, str]:
+        """What besides the request may change a picture by rounding: package, JAX, device and mesh."""
+        return {**versions(), **({"mesh": describe(self.mesh)} if self.mesh is not None else {})}
 
 
 def versions() -> dict[str, str]:
     """What besides the request may change a picture by rounding: package, JAX and device."""
     return {"sega_jax": sega_jax.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+
+
+@dataclass(frozen=True)
+class _Durable:
+    """A checkpoint and the request whose states it may hold."""
+
+    checkpoint: Checkpoint
+    request: dict
 
 
 @dataclass(frozen=True)

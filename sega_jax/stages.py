@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from sega_jax.families import Component
 from sega_jax.models.vae import VaeConfig, denormalize
 from sega_jax.models.vae_tiled import decode_tiled
+from sega_jax.sharding.decode import decode_sharded
 from sega_jax.sharding.strips import decode_strips
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,13 @@ def decode_latents(params, latents, *, graphdef: nnx.GraphDef, config, dtype: st
 
 
 def decode_with(
-    vae: Component, config: VaeConfig, latents: jax.Array | np.ndarray, *, dtype: str, mode: VaeMode = "auto"
+    vae: Component,
+    config: VaeConfig,
+    latents: jax.Array | np.ndarray,
+    *,
+    dtype: str,
+    mode: VaeMode = "auto",
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Model-scale latents f32 [B, h, w, C] to images f32 [B, 8h, 8w, 3] in about [-1, 1].
 
@@ -51,6 +59,7 @@ def decode_with(
         mode: ``"plain"``; ``"exact"``, the same in strips of rows, with activations on the host in between;
             ``"tiled"`` (tiles of 128 latent pixels, a quarter shared with the neighbour, linear cross-fade: an
             approximation); or ``"auto"``: plain while it fits comfortably, else exact.
+        mesh: devices that the parameters lie on; ``"exact"`` and ``"auto"`` then cut the rows over all of them.
 
     Raises:
         ValueError: for another mode.
@@ -58,13 +67,21 @@ def decode_with(
     if mode not in get_args(VaeMode):
         raise ValueError(f"vae={mode!r}: expected one of {', '.join(get_args(VaeMode))}")
     latents = np.asarray(latents, np.float32)
+    run = partial(decode_latents, vae.params, graphdef=vae.graphdef, config=config, dtype=dtype)
+    if mesh is not None and mode in ("auto", "exact"):
+        module = nnx.merge(vae.graphdef, vae.params)
+
+        def shared(one: np.ndarray) -> np.ndarray:
+            raw = denormalize(config, jnp.asarray(one)).astype(dtype)
+            return decode_sharded(module, raw, mesh=mesh).astype(np.float32)
+
+        return np.concatenate([shared(one) for one in np.split(latents, len(latents))])
     pixels = latents.shape[1] * latents.shape[2] * config.factor**2
     largest = 3 * pixels * config.block_out_channels[min(1, len(config.block_out_channels) - 1)]
     size = largest * jnp.dtype(dtype).itemsize
     if mode == "auto" and size > PLAIN_DECODE_BYTES:
         logger.info("decoding in strips: the plain decode would hold about %.1f GB of activations", size / 1e9)
         mode = "exact"
-    run = partial(decode_latents, vae.params, graphdef=vae.graphdef, config=config, dtype=dtype)
     if mode == "exact":
         module = nnx.merge(vae.graphdef, vae.params)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sega_jax.cli import jobs as J
+from sega_jax.cli import outputs
 from sega_jax.cli.console import Phase, progress_bar, say
 from sega_jax.cli.jobs import Batch, Job, State
 from sega_jax.images import Image
 from sega_jax.latents import load_latents, save_latents
 from sega_jax.layouts.regions import get_regions, overlay
-from sega_jax.pipeline import Pipeline, Progress, versions
+from sega_jax.pipeline import Pipeline, Progress
 from sega_jax.planning import regions_map
+from sega_jax.sampling.resume import Checkpoint, stop_on_sigterm
 
 CACHED_PROMPTS = 64
 
@@ -32,8 +35,10 @@ class Engine:
         undecoded: latents files whose pictures are not finished, for the message of an interruption.
     """
 
-    def __init__(self, pipe: Pipeline, total: int):
+    def __init__(self, pipe: Pipeline, total: int, every: int | None = None, resume: bool = False):
+        """``every``: steps between saves of a run's state, None for none; ``resume``: go on from what is there."""
         self.pipe = pipe
+        self._every, self._resume = every, resume
         self.timings = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
         self.classes: set[tuple] = set()
         self.undecoded: list[Path] = []
@@ -76,15 +81,29 @@ class Engine:
             embeddings = self._embeddings(rows)
         self.timings["encode"] += time.perf_counter() - begun
         self._draw_regions(batch)
-        latents = self._denoise(batch, rows, embeddings)
-        records = [{**job.record, "batch_size": batch.size, **versions()} for job in batch.jobs]
+        with contextlib.ExitStack() as stack:
+            checkpoint = None
+            if self._every is not None:
+                # Unlike elsewhere, SIGTERM lets the step end; whatever follows the denoising can be cut off.
+                stop = stack.enter_context(stop_on_sigterm())
+                checkpoint = self._checkpoint(batch, rows, stop)
+            latents = self._denoise(batch, rows, embeddings, checkpoint)
+        records = [{**job.record, "batch_size": batch.size, **self.pipe.place()} for job in batch.jobs]
         for job, one, record in zip(batch.jobs, latents, records, strict=False):
             save_latents(job.latents, one[None], {**record, "output": job.out.name})
             self.undecoded.append(job.latents)
+        if checkpoint is not None:
+            checkpoint.clear()
         for job, one, record in zip(batch.jobs, latents, records, strict=False):
             self._finish(job, one[None], record)
 
-    def _denoise(self, batch: Batch, rows: Sequence[Job], embeddings: dict[str, Any]) -> np.ndarray:
+    def _checkpoint(self, batch: Batch, rows: Sequence[Job], stop: Callable[[], bool]) -> Checkpoint:
+        request = {"pictures": [job.record for job in rows]}
+        return Checkpoint(outputs.state_beside(batch.jobs[0].out), self._every, self._resume, stop, request)
+
+    def _denoise(
+        self, batch: Batch, rows: Sequence[Job], embeddings: dict[str, Any], checkpoint: Checkpoint | None
+    ) -> np.ndarray:
         first = rows[0]
         plan = first.plan
         options: dict[str, Any] = {}
@@ -141,6 +160,7 @@ class Engine:
                 embeddings=embeddings,
                 decode=False,
                 on_step=on_step,
+                checkpoint=checkpoint,
                 **options,
             )
         finally:

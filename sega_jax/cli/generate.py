@@ -16,6 +16,8 @@ import tyro
 from sega_jax.cli.console import Phase, say
 from sega_jax.cli.options import ModelOptions, commit_of, option, shell
 
+DEFAULT_EVERY = 10  # steps between saves with --resume alone
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(ModelOptions):
@@ -67,6 +69,11 @@ class Generate(ModelOptions):
     """Shift of the noise schedule."""
     dtype: Annotated[Literal["float32", "bfloat16"] | None, option("DTYPE", "float32 on CPU, else bfloat16")] = None
     """Of parameters and activations: float32 or bfloat16."""
+    mesh: Annotated[str | None, option("auto|data=N,context=N,tensor=N", "one device")] = None
+    """Devices to share the work: all of them, or so many along pictures, image tokens, and heads.  Changes pictures by
+    rounding at most."""
+    context: Annotated[Literal["auto", "ulysses", "ring", "product"], option("SCHEME", "auto")] = "auto"
+    """How attention meets the context axis of --mesh."""
     transformer: Annotated[Path | None, option("PATH", "the model's own")] = None
     """Other transformer weights: a component folder of diffusers or Orbax, or a single file of Black Forest Labs or
     ComfyUI."""
@@ -90,6 +97,11 @@ class Generate(ModelOptions):
     out: Annotated[str | None, option("FILE", "out.png; STEM-repeat.png with --from-image")] = None
     """.png, .webp or .jpg.  Fields {seed} {index} {row} {width} {height} {prompt_slug} are filled in; for several
     pictures and no field, a number is appended."""
+    checkpoint_every: Annotated[int | None, option("N")] = None
+    """Save the state of a run beside its picture every N steps, and on SIGTERM, which then ends the run cleanly after
+    the step it is at (exit code 143)."""
+    resume: Annotated[bool, option("", "off")] = False
+    """Go on from a saved state, bit for bit; starts anew where there is none."""
     overwrite: Annotated[bool, option("", "off")] = False
     """Replace other files of these names."""
     dry_run: Annotated[bool, option("", "off")] = False
@@ -150,6 +162,8 @@ class Generate(ModelOptions):
             raise ValueError(f"transformer={str(self.transformer)!r}: no such folder or file")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: expected a positive whole number")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every={self.checkpoint_every}: expected a positive whole number")
         if self.prompts is not None:
             if self.prompt is not None:
                 raise ValueError("a prompt and --prompts are both given; choose one")
@@ -214,6 +228,7 @@ class Generate(ModelOptions):
         if batches:
             from sega_jax.cli.engine import Engine
             from sega_jax.pipeline import Pipeline
+            from sega_jax.sampling.resume import Stopped
 
             with Phase(f"loading {model}"):
                 pipe = Pipeline.from_pretrained(
@@ -221,13 +236,19 @@ class Generate(ModelOptions):
                     dtype=run["dtype"],
                     transformer=other,
                     backend=run["backend"],
+                    mesh=self.mesh,
+                    context=self.context,
                     **({"loras": loras} if loras else {}),
                     **{**hub, "revision": commit or hub["revision"]},
                 )
-            engine = Engine(pipe, len(new))
+            every = self.checkpoint_every or (DEFAULT_EVERY if self.resume else None)
+            engine = Engine(pipe, len(new), every, self.resume)
             try:
                 for batch in batches:
                     engine.run(batch)
+            except Stopped as stopped:
+                say(f"stopped after step {stopped.step}; go on with the same command and --resume")
+                raise SystemExit(143) from None
             except BaseException:
                 for path in engine.undecoded:
                     if path.exists():

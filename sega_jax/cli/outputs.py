@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FIELDS = ("seed", "index", "row", "width", "height", "prompt_slug")
+STATE_SUFFIX = ".state"
 LATENTS_SUFFIX = ".latents.safetensors"
 
 
@@ -60,6 +61,11 @@ def expand(pattern: str, number: int | None, values: dict[str, Any]) -> Path:
 def latents_beside(out: Path) -> Path:
     """Where the latents of a picture are kept until it is decoded."""
     return out.with_name(out.stem + LATENTS_SUFFIX)
+
+
+def state_beside(out: Path) -> Path:
+    """Where the state of an unfinished run is kept, under the name of its first picture."""
+    return out.with_name(out.stem + STATE_SUFFIX)
 
 
 def check_distinct(paths: Sequence[Path], option: str) -> None:

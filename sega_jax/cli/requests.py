@@ -244,7 +244,7 @@ NEEDED = (
     "init_latents", "embeddings", "vae", "batch_size",
 )  # fmt: skip
 # Fields that two equal requests may differ in: they change a picture by rounding at most.
-INCIDENTAL = ("sega_jax", "jax", "device", "batch_size")
+INCIDENTAL = ("sega_jax", "jax", "device", "mesh", "batch_size")
 
 
 def from_record(record: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sega_jax.attention import attention
 from sega_jax.models.layers import Conv, GroupNorm
 from sega_jax.models.vae import ResnetBlock, SpatialAttention, Vae, double
+from sega_jax.sharding.mesh import put, to_host
 
 Axes = str | tuple[str, ...]
 
@@ -221,7 +222,7 @@ def decode_sharded(vae: Vae, latents: jax.Array | np.ndarray, *, mesh: Mesh, axe
     Args:
         vae: the autoencoder; its parameters may be sharded, and are replicated.
         latents: raw latents [B, h, w, latent_channels]; computation follows their dtype.  ``h`` need not divide.
-        mesh: devices of this process.
+        mesh: devices; of several processes, each gets the whole images.
         axes: axis or axes of the mesh to cut rows over; default all of them.
 
     Returns:
@@ -237,10 +238,10 @@ def decode_sharded(vae: Vae, latents: jax.Array | np.ndarray, *, mesh: Mesh, axe
     height, factor = latents.shape[1], vae.config.factor
     filling = -height % _size(mesh, axes)
     filled = np.pad(np.asarray(latents), ((0, 0), (0, filling), (0, 0), (0, 0)))
-    filled = jax.device_put(filled, NamedSharding(mesh, PartitionSpec(None, axes)))
+    filled = put(filled, NamedSharding(mesh, PartitionSpec(None, axes)))
     vae = jax.device_put(vae, NamedSharding(mesh, PartitionSpec()))
     images = decode_slabs(vae, filled, mesh=mesh, axes=axes, height=height)
-    return np.asarray(images)[:, : factor * height]
+    return to_host(images)[:, : factor * height]
 
 
 def _size(mesh: Mesh, axes: Axes) -> int:

@@ -1,0 +1,32 @@
+"""The pipeline on a mesh: nano's pictures are those of one device."""
+
+import numpy as np
+import pytest
+
+import sega_jax as sj
+from sega_jax.sharding import make_mesh
+
+PROMPT = "a red circle with stripes in the centre, blue background"
+
+
+def test_pictures_on_a_mesh_are_those_of_one_device():
+    options = {"width": 272, "height": 80, "steps": 2, "positional": "sega", "seed": 1, "num_images": 3}
+    expected = sj.Pipeline.from_pretrained("nano", dtype="float32").generate(PROMPT, batch_size=3, **options)
+    mesh = make_mesh(data=2, context=2, tensor=2)
+    pipe = sj.Pipeline.from_pretrained("nano", dtype="float32", mesh=mesh)
+    result = pipe.generate(PROMPT, batch_size=3, **options)
+    np.testing.assert_allclose(result.latents, expected.latents, atol=1e-4, rtol=0)
+    for got, image in zip(result.images, expected.images, strict=True):
+        assert np.abs(got.array.astype(int) - image.array.astype(int)).max() <= 1
+        assert got.metadata["mesh"] == "data=2,context=2,tensor=2"
+        assert {k: v for k, v in got.metadata.items() if k != "mesh"} == image.metadata
+    kernel = pipe.params["single"]["mlp_in"]["kernel"][...]
+    assert kernel.sharding.shard_shape(kernel.shape)[1:] == (kernel.shape[1] // 4, kernel.shape[2] // 2)
+
+
+def test_a_mesh_the_model_cannot_use_is_refused_before_loading(monkeypatch):
+    monkeypatch.setattr("sega_jax.pipeline.load_parts", None)
+    with pytest.raises(ValueError, match=r"tensor=8 does not divide this model's \d+ attention heads"):
+        sj.Pipeline.from_pretrained("nano", mesh="tensor=8,context=1")
+    with pytest.raises(ValueError, match="context='star'"):
+        sj.Pipeline.from_pretrained("nano", context="star")
