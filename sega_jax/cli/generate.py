@@ -236,8 +236,7 @@ class Generate(ModelOptions):
                     dtype=run["dtype"],
                     transformer=other,
                     backend=run["backend"],
-                    mesh=self.mesh,
-                    context=self.context,
+                    **({"mesh": self.mesh, "context": self.context} if self.mesh is not None else {}),
                     **({"loras": loras} if loras else {}),
                     **{**hub, "revision": commit or hub["revision"]},
                 )
