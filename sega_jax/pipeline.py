@@ -21,7 +21,7 @@ import sega_jax
 from sega_jax import ladders
 from sega_jax import positional as pe
 from sega_jax.attention.context.route import SCHEMES
-from sega_jax.families import Parts, family_of, load_parts
+from sega_jax.families import Component, Parts, family_of, load_parts
 from sega_jax.geometry import Grid
 from sega_jax.hub import resolve
 from sega_jax.images import Image, load_image
@@ -34,6 +34,7 @@ from sega_jax.models.vae import normalize, sample_posterior
 from sega_jax.models.vae_tiled import encode_tiled
 from sega_jax.planning import Plan, get_layout
 from sega_jax.planning import plan as make_plan
+from sega_jax.residency import Residency, fetched, places
 from sega_jax.sampling.denoise import Conditioning, Velocity
 from sega_jax.sampling.ladder import Codec, Ladder, Level
 from sega_jax.sampling.regions import CoarseMixedFine, Crpa
@@ -41,7 +42,6 @@ from sega_jax.sampling.resume import Checkpoint, digest
 from sega_jax.sampling.sampler import Euler, Noise, Sampler, State
 from sega_jax.sampling.schedule import MuPolicy, start_index
 from sega_jax.sharding.mesh import TENSOR, describe, resolve_mesh, to_host
-from sega_jax.sharding.rules import param_sharding
 from sega_jax.stages import TILE, VaeMode, decode_with, encode_image, encode_text
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class Pipeline:
         loras: merged into the weights.
         mesh: devices the weights lie on and the work is shared by; None is the default device.
         context: scheme by which attention meets the mesh's context axis, or ``"auto"``.
+        residency: whether weights stay on the devices or wait on the host for their stage.
     """
 
     parts: Parts
@@ -101,6 +102,7 @@ class Pipeline:
     loras: tuple[LoraSpec, ...] = ()
     mesh: Mesh | None = None
     context: str = "auto"
+    residency: Residency = "all"
 
     @classmethod
     def from_pretrained(
@@ -113,6 +115,7 @@ class Pipeline:
         loras: Sequence[Any] = (),
         mesh: Mesh | str | None = None,
         context: str = "auto",
+        residency: Residency = "all",
         **hub: Any,
     ) -> Pipeline:
         """Load a pipeline.
@@ -128,6 +131,8 @@ class Pipeline:
             mesh: devices to share the work: a mesh (`sega_jax.sharding.make_mesh`), ``"auto"`` for all of them, or
                 sizes such as ``"data=1,context=4,tensor=2"``.  Changes pictures by rounding at most.
             context: ``"auto"``, ``"ulysses"``, ``"ring"`` or ``"product"``, see `sega_jax.attention.context.route`.
+            residency: ``"all"`` keeps all weights on the devices; ``"offload"`` keeps them in host memory and fetches
+                text encoders, transformer and autoencoder when their turn comes, so that a device holds one at a time.
             **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` of `sega_jax.hub.resolve`.
 
         Raises:
@@ -153,14 +158,18 @@ class Pipeline:
                     f"mesh={describe(mesh)}: tensor={mesh.shape[TENSOR]} does not divide this model's {heads} "
                     "attention heads; use a divisor"
                 )
-        where = None if mesh is None else lambda _path, param: param_sharding(param, mesh)
+        where = places(residency, mesh)
         parts = load_parts(folder, dtype=dtype, transformer=other, shardings=where, loras=merged)
-        return cls(parts, os.fspath(model), dtype, backend, merged, mesh, context)
+        return cls(parts, os.fspath(model), dtype, backend, merged, mesh, context, residency)
 
     @property
     def params(self) -> nnx.State:
-        """Transformer parameters, the first argument of `sega_jax.velocity`'s function."""
-        return self.parts.transformer.params
+        """Transformer parameters on their devices, the first argument of `sega_jax.velocity`'s function."""
+        return self._fetched(self.parts.transformer).params
+
+    def _fetched(self, component: Component) -> Component:
+        """The component with its parameters on their devices, for as long as it is referred to."""
+        return Component(component.graphdef, fetched(component.params, self.residency, self.mesh))
 
     # -- planning ------------------------------------------------------------------------------------------------
 
@@ -188,6 +197,7 @@ class Pipeline:
     ) -> Conditioning:
         """Prompts to conditioning; guidance defaults as in `plan`."""
         parts = self.parts
+        clip, t5 = self._fetched(parts.clip), self._fetched(parts.t5)
 
         def embed(texts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
             for text in dict.fromkeys(texts):
@@ -198,12 +208,12 @@ class Pipeline:
                 if lost:
                     logger.warning("the prompt is cut at %d tokens; ignored: %s", parts.t5_tokenizer.length, lost)
             return encode_text(
-                parts.clip.params,
-                parts.t5.params,
+                clip.params,
+                t5.params,
                 parts.clip_tokenizer(list(texts)),
                 parts.t5_tokenizer(list(texts)),
-                clip=parts.clip.graphdef,
-                t5=parts.t5.graphdef,
+                clip=clip.graphdef,
+                t5=t5.graphdef,
                 dtype=self.dtype,
             )
 
@@ -272,7 +282,8 @@ class Pipeline:
 
     def decode(self, latents: jax.Array | np.ndarray, *, vae: VaeMode = "auto") -> np.ndarray:
         """Model-scale latents f32 [B, h, w, C] to images f32 [B, 8h, 8w, 3]; see `decode_with`."""
-        return decode_with(self.parts.vae, self.parts.vae_config, latents, dtype=self.dtype, mode=vae, mesh=self.mesh)
+        component = self._fetched(self.parts.vae)
+        return decode_with(component, self.parts.vae_config, latents, dtype=self.dtype, mode=vae, mesh=self.mesh)
 
     def encode_image(self, images: np.ndarray, seed: int = 0) -> jax.Array:
         """Images f32 [B, H, W, 3] in [-1, 1] to model-scale latents f32 [B, H/8, W/8, C] (posterior sampled)."""
@@ -282,11 +293,10 @@ class Pipeline:
 
     def _moments(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and log-variance of the posterior of images; above 2048 x 2048 in tiles."""
-        parts = self.parts
-        run = partial(encode_image, graphdef=parts.vae.graphdef, dtype=self.dtype)
+        vae = self._fetched(self.parts.vae)
+        run = partial(encode_image, vae.params, graphdef=vae.graphdef, dtype=self.dtype)
         tile = TILE if images.shape[1] * images.shape[2] > 2048**2 else max(images.shape[1:3])
-        factor = parts.vae_config.factor
-        return encode_tiled(lambda x: run(parts.vae.params, x), images, factor=factor, tile=tile)
+        return encode_tiled(run, images, factor=self.parts.vae_config.factor, tile=tile)
 
     # -- the whole way -------------------------------------------------------------------------------------------
 
@@ -499,11 +509,12 @@ class Pipeline:
         durable: _Durable | None = None,
     ) -> State:
         state, done = sampler.start(noise, conditioning), 0
+        params = self.params
         if durable is not None:
             done, state = durable.checkpoint.start(durable.request, state)
         for index in range(done, sampler.steps):
             begun = time.perf_counter()
-            state = sampler.step(self.params, state, conditioning, index)
+            state = sampler.step(params, state, conditioning, index)
             if on_step is not None:
                 jax.block_until_ready(state)
                 on_step(Progress(index + 1, sampler.steps, time.perf_counter() - begun))

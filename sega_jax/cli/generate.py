@@ -74,6 +74,9 @@ class Generate(ModelOptions):
     rounding at most."""
     context: Annotated[Literal["auto", "ulysses", "ring", "product"], option("SCHEME", "auto")] = "auto"
     """How attention meets the context axis of --mesh."""
+    residency: Annotated[Literal["all", "offload"], option("WHERE", "all")] = "all"
+    """all keeps the weights on the device; offload keeps them in host memory and fetches text encoders, transformer and
+    autoencoder when their turn comes, so that the device holds one at a time."""
     transformer: Annotated[Path | None, option("PATH", "the model's own")] = None
     """Other transformer weights: a component folder of diffusers or Orbax, or a single file of Black Forest Labs or
     ComfyUI."""
@@ -236,6 +239,7 @@ class Generate(ModelOptions):
                     dtype=run["dtype"],
                     transformer=other,
                     backend=run["backend"],
+                    **({"residency": self.residency} if self.residency != "all" else {}),
                     **({"mesh": self.mesh, "context": self.context} if self.mesh is not None else {}),
                     **({"loras": loras} if loras else {}),
                     **{**hub, "revision": commit or hub["revision"]},
