@@ -41,7 +41,7 @@ from sega_jax.sampling.regions import CoarseMixedFine, Crpa
 from sega_jax.sampling.resume import Checkpoint, digest
 from sega_jax.sampling.sampler import Euler, Noise, Sampler, State
 from sega_jax.sampling.schedule import MuPolicy, start_index
-from sega_jax.sharding.mesh import TENSOR, describe, resolve_mesh, to_host
+from sega_jax.sharding.mesh import TENSOR, describe, laid, resolve_mesh, to_host
 from sega_jax.stages import TILE, VaeMode, decode_with, encode_image, encode_text
 
 logger = logging.getLogger(__name__)
@@ -512,6 +512,7 @@ class Pipeline:
         params = self.params
         if durable is not None:
             done, state = durable.checkpoint.start(durable.request, state)
+        state = laid(state, self.mesh)
         for index in range(done, sampler.steps):
             begun = time.perf_counter()
             state = sampler.step(params, state, conditioning, index)

@@ -57,8 +57,8 @@ def skeleton(model: str | Path, dtype: DTypeLike = "bfloat16", *, transformer: P
     else:
         folder = resolve(model, weights=False, **hub)
         outline = family_of(folder).outline(folder, transformer)
-        clip, _ = _configured(folder / "text_encoder" / "config.json", ClipConfig.from_dict)
-        t5, _ = _configured(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
+        clip = _configured(folder / "text_encoder" / "config.json", ClipConfig.from_dict)
+        t5 = _configured(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
     return abstract_parts(outline, clip, t5, dtype)
 
 

@@ -232,7 +232,10 @@ class Generate(ModelOptions):
             from sega_jax.cli.engine import Engine
             from sega_jax.pipeline import Pipeline
             from sega_jax.sampling.resume import Stopped
+            from sega_jax.sharding import resolve_mesh
 
+            mesh = resolve_mesh(self.mesh, batch=size)
+            compiling = self._compile_ahead(batches, model, other, run, mesh, hub)
             with Phase(f"loading {model}"):
                 pipe = Pipeline.from_pretrained(
                     model,
@@ -240,10 +243,13 @@ class Generate(ModelOptions):
                     transformer=other,
                     backend=run["backend"],
                     **({"residency": self.residency} if self.residency != "all" else {}),
-                    **({"mesh": self.mesh, "context": self.context} if self.mesh is not None else {}),
+                    **({"mesh": mesh, "context": self.context} if mesh is not None else {}),
                     **({"loras": loras} if loras else {}),
                     **{**hub, "revision": commit or hub["revision"]},
                 )
+            if compiling is not None and not compiling.done():
+                with Phase("compiling, cached for the next time"):
+                    compiling.result()
             every = self.checkpoint_every or (DEFAULT_EVERY if self.resume else None)
             engine = Engine(pipe, len(new), every, self.resume)
             try:
@@ -259,6 +265,33 @@ class Generate(ModelOptions):
                 raise
             timings = {name: round(seconds, 3) for name, seconds in engine.timings.items()}
         return {"images": [_image_entry(job) for job in jobs], "timings": timings, "classes": classes}
+
+    def _compile_ahead(
+        self, batches: list, model: str, transformer: Path | None, run: dict, mesh: Any, hub: dict
+    ) -> Any:
+        """Starts to compile the first step of the run while the weights are read."""
+        from sega_jax import startup
+        from sega_jax.cli import jobs as J
+
+        first = next((batch for batch in batches if batch.key), None)
+        if first is None:
+            return None
+        job = first.jobs[0]
+
+        def work() -> bool:
+            pipe = startup.outline(
+                model,
+                dtype=run["dtype"],
+                transformer=transformer,
+                hub={**hub, "revision": run["revision"] or hub["revision"]},
+                backend=run["backend"],
+                mesh=mesh,
+                context=self.context,
+            )
+            method = J.method_of(job.plan.positional)
+            return startup.compile_step(pipe, job.plan, method, batch=first.size, text_tokens=J.text_tokens(job))
+
+        return startup.ahead(work)
 
     def _warn_of_differences(self, record: dict, now: dict[str, str], size: int, fill: bool) -> None:
         for name, value in now.items():

@@ -258,6 +258,35 @@ class Velocity:
             mesh=self.mesh,
         )
 
+    def lower(self, params: nnx.State, latents: jax.ShapeDtypeStruct, conditioning: Conditioning) -> Any:
+        """What `advance` would compile for arguments of these shapes, lowered (`jax.stages.Lowered`)."""
+        state = self.initial_state(latents, conditioning)
+        small = pe.traceable(self.method), jnp.float32(1), jnp.int32(0), state
+        if self.mesh is not None:
+            where = sharding(self.mesh)
+            small = jax.tree.map(partial(put, where=where), small)
+            latents = jax.ShapeDtypeStruct(
+                latents.shape, latents.dtype, sharding=latent_sharding(self.mesh, latents.shape)
+            )
+            conditioning = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), conditioning)
+        method, sigma, step, state = small
+        return predict.lower(
+            params,
+            method,
+            latents,
+            sigma,
+            conditioning,
+            step,
+            state,
+            None,
+            graphdef=self.graphdef,
+            layout=self.layout,
+            grid=self.grid(latents, conditioning),
+            dtype=self.dtype,
+            backend=self.backend,
+            mesh=self.mesh,
+        )
+
     def __call__(self, params: nnx.State, latents: jax.Array, sigma: Any, conditioning: Conditioning) -> jax.Array:
         """Velocity f32 [B, H, W, C] at latents f32 [B, H, W, C] and sigma (scalar in [0, 1])."""
         return self.advance(params, latents, sigma, conditioning)[0]

@@ -195,6 +195,9 @@ def _reason(error: Exception) -> str:
 # -- leaves --------------------------------------------------------------------------------------------------------
 
 
+# A state is saved as data: its containers as JSON, its leaves as arrays.
+
+
 def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -203,9 +206,46 @@ def _name(number: int) -> str:
     return f"leaf{number:04d}"
 
 
+def _outline(state: Any, leaves: dict[str, Any]) -> Any:
+    """The containers of a state as JSON; its leaves go into ``leaves`` by name."""
+    if state is None:
+        return None
+    if isinstance(state, dict):
+        return {"dict": {key: _outline(value, leaves) for key, value in state.items()}}
+    if type(state) in (list, tuple):
+        return {type(state).__name__: [_outline(value, leaves) for value in state]}
+    if jax.tree_util.all_leaves([state]):
+        name = _name(len(leaves))
+        leaves[name] = jax.random.key_data(state) if _is_key(state) else state
+        kind = "key" if _is_key(state) else "device" if isinstance(state, jax.Array) else "host"
+        return {kind: name} | ({"impl": str(jax.random.key_impl(state))} if kind == "key" else {})
+    return {"node": [_outline(leaf, leaves) for leaf in jax.tree.leaves(state)]}
+
+
+def _filled(outline: Any, arrays: Mapping[str, np.ndarray], like: Any) -> Any:
+    """The state of an outline; nodes that are neither dict, list nor tuple are taken from ``like``."""
+    if outline is None:
+        return None
+    kind, content = next(iter(outline.items()))
+    if kind == "dict":
+        below = like if isinstance(like, dict) else {}
+        return {key: _filled(value, arrays, below.get(key)) for key, value in content.items()}
+    if kind in ("list", "tuple"):
+        below = like if isinstance(like, (list, tuple)) and len(like) == len(content) else [None] * len(content)
+        made = [_filled(value, arrays, one) for value, one in zip(content, below, strict=True)]
+        return tuple(made) if kind == "tuple" else made
+    if kind == "node":
+        return jax.tree.unflatten(jax.tree.structure(like), [_filled(value, arrays, None) for value in content])
+    if kind == "key":
+        return jax.random.wrap_key_data(jnp.asarray(arrays[content]), impl=outline["impl"])
+    return jnp.asarray(arrays[content]) if kind == "device" else np.asarray(arrays[content])[()]
+
+
 @contextlib.contextmanager
-def _checkpointer(ocp: Any) -> Iterator[Any]:
+def _checkpointer() -> Iterator[Any]:
     """Orbax, one file per array, without its remarks about that."""
+    import orbax.checkpoint as ocp
+
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -217,37 +257,38 @@ def _checkpointer(ocp: Any) -> Iterator[Any]:
 
 
 def _write(folder: Path, state: State) -> None:
-    import orbax.checkpoint as ocp
-
-    leaves = [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(state)]
-    arrays = {_name(i): x if isinstance(x, jax.Array) else np.asarray(x) for i, x in enumerate(leaves)}
-    with _checkpointer(ocp) as checkpointer:
-        checkpointer.save(folder.absolute(), arrays)
+    """``folder/outline.json`` and ``folder/arrays``."""
+    leaves: dict[str, Any] = {}
+    folder.mkdir()
+    (folder / "outline.json").write_text(json.dumps(_outline(state, leaves)))
+    arrays = {name: x if isinstance(x, jax.Array) else np.asarray(x) for name, x in leaves.items()}
+    with _checkpointer() as checkpointer:
+        checkpointer.save((folder / "arrays").absolute(), arrays)
 
 
 def _read(folder: Path, like: State) -> State:
     import orbax.checkpoint as ocp
 
-    leaves, structure = jax.tree.flatten(like)
     try:
-        with _checkpointer(ocp) as checkpointer:
-            wanted = {_name(i): ocp.RestoreArgs(restore_type=np.ndarray) for i in range(len(leaves))}
-            arrays = checkpointer.restore((folder / "state").absolute(), restore_args=wanted) if leaves else {}
+        outline = json.loads((folder / "state" / "outline.json").read_text())
+        names: dict[str, Any] = {}
+        _names(outline, names)
+        wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+        with _checkpointer() as checkpointer:
+            arrays = checkpointer.restore((folder / "state" / "arrays").absolute(), restore_args=wanted)
+        return _filled(outline, arrays, like)
     except Exception as error:
         raise CheckpointError(f"{folder}: the saved state cannot be read ({_reason(error)}); remove it") from error
-    restored = []
-    for i, leaf in enumerate(leaves):
-        array, expected = np.asarray(arrays[_name(i)]), jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        if array.shape != np.shape(expected) or array.dtype != np.asarray(expected).dtype:
-            raise CheckpointError(
-                f"{folder}: leaf {i} of the saved state is {array.dtype}{list(array.shape)}, this run has "
-                f"{np.asarray(expected).dtype}{list(np.shape(expected))}; it was saved by another version"
-            )
-        if _is_key(leaf):
-            restored.append(jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)))
+
+
+def _names(outline: Any, names: dict[str, Any]) -> None:
+    if isinstance(outline, dict):
+        kind, content = next(iter(outline.items()))
+        if kind in ("key", "device", "host"):
+            names[content] = None
         else:
-            restored.append(jnp.asarray(array) if isinstance(leaf, jax.Array) else array)
-    return jax.tree.unflatten(structure, restored)
+            for value in content.values() if kind == "dict" else content:
+                _names(value, names)
 
 
 # -- signals -------------------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -125,6 +127,19 @@ def put(x: jax.typing.ArrayLike, where: NamedSharding) -> jax.Array:
         return jax.device_put(x, where)
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def laid(state: Any, mesh: Mesh | None) -> Any:
+    """A sampler's state on the mesh: arrays of four dimensions as latents, others everywhere; None leaves it alone."""
+    if mesh is None:
+        return state
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x
+        return put(x, latent_sharding(mesh, x.shape) if x.ndim == 4 else sharding(mesh))
+
+    return jax.tree.map(one, state)
 
 
 def to_host(x: jax.Array) -> np.ndarray:

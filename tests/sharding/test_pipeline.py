@@ -1,11 +1,13 @@
 """The pipeline on a mesh: nano's pictures are those of one device."""
 
+import jax
 import numpy as np
 import pytest
 
 import sega_jax as sj
 from sega_jax.sharding import make_mesh
 
+FOUR = jax.devices()[:4]
 PROMPT = "a red circle with stripes in the centre, blue background"
 
 
@@ -30,3 +32,17 @@ def test_a_mesh_the_model_cannot_use_is_refused_before_loading(monkeypatch):
         sj.Pipeline.from_pretrained("nano", mesh="tensor=8,context=1")
     with pytest.raises(ValueError, match="context='star'"):
         sj.Pipeline.from_pretrained("nano", context="star")
+
+
+@pytest.mark.slow
+def test_crpa_on_a_mesh():
+    """A layout with traced content, several canvases and several calls goes by heads."""
+    options = {"width": 256, "height": 192, "steps": 4, "layout": "crpa", "seed": 1, "decode": False}
+    expected = sj.Pipeline.from_pretrained("nano", dtype="float32").generate(PROMPT, **options)
+    pipe = sj.Pipeline.from_pretrained(
+        "nano", dtype="float32", mesh=make_mesh(data=2, context=2, tensor=1, devices=FOUR)
+    )
+    np.testing.assert_allclose(pipe.generate(PROMPT, **options).latents, expected.latents, atol=1e-4, rtol=0)
+    wide = sj.Pipeline.from_pretrained("nano", dtype="float32", mesh="context=4")
+    with pytest.raises(ValueError, match="2 heads per tensor shard cannot occupy 4 context devices; put the other"):
+        wide.generate(PROMPT, **options)
