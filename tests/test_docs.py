@@ -1,11 +1,15 @@
 """What the documentation shows is run, and what it lists is what there is."""
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
 from sega_jax import positional as pe
+from sega_jax.cli import main
+from sega_jax.hub import resolve
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,6 +35,18 @@ def test_readme_has_exactly_two_set_up_commands():
     section = README.split("## Set up")[1].split("`nano` knows")[0]
     assert len(re.findall(r"```bash\n.+\n```", section)) == 2
     assert section.count("```bash") == 2
+
+
+def test_the_commands_of_the_page_on_converting_run(tmp_path, monkeypatch, capsys):
+    """The first block, with the demo model in the place of `nano`."""
+    shutil.copytree(resolve("nano"), tmp_path / "nano")
+    monkeypatch.chdir(tmp_path)
+    block = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "convert.md").read_text(), re.DOTALL)[0]
+    for line in block.splitlines():
+        command, *words = shlex.split(line)
+        assert command == "sega-jax"
+        assert main(words) == 0, capsys.readouterr().err
+    assert (tmp_path / "nano-files" / "flux1.safetensors").exists()
 
 
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: p.name)
