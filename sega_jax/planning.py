@@ -88,6 +88,8 @@ class Plan:
         if self.ladder is not None:
             counts = [rung.steps - (rung.start or 0) for rung in self.ladder]
             return sum(counts[1:] if from_picture else counts)
+        if self.estimate is not None:
+            return sum(steps for steps, _, _ in self.estimate.stages.values())
         return self.steps - (0 if self.strength is None else start_index(self.steps, self.strength))
 
     def record(self, index: int) -> dict:

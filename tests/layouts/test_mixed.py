@@ -40,8 +40,12 @@ def ropes_of(layout, grid, rope=None):
 
 
 def run(layout, content, grid, streams, rope=None, values=None):
-    calls = bind(layout.calls(grid, content), ropes_of(layout, grid, rope))
-    return attend(streams["q"], streams["k"], values or streams["v"], calls)
+    @jax.jit
+    def attended(content, streams, values):
+        calls = bind(layout.calls(grid, content), ropes_of(layout, grid, rope))
+        return attend(streams["q"], streams["k"], values, calls)
+
+    return attended(content, streams, values or streams["v"])
 
 
 def random_streams(tokens, text=0, batch=2, seed=0, width=WIDTH):
@@ -65,8 +69,14 @@ def dense(grid, streams, order=None):
             type(t)(t.stream, t.rope, t.ids if order is None or t.stream == "text" else t.ids[order]) for t in keep
         )
         calls = (type(call)((type(call.sets[0])(tokens, tokens),), ("scatter",) * len(tokens)),)
-    rope = plain(grid)
-    return attend(streams["q"], streams["k"], streams["v"], bind(calls, {"image": {"text": rope, "image": rope}}))
+
+    @jax.jit
+    def attended(streams):
+        rope = plain(grid)
+        bound = bind(calls, {"image": {"text": rope, "image": rope}})
+        return attend(streams["q"], streams["k"], streams["v"], bound)
+
+    return attended(streams)
 
 
 # -- identities --------------------------------------------------------------------------------------------------
@@ -115,8 +125,7 @@ def test_shift_invariance():  # T3
     for text in (0, 2):
         grid = SPEC.grid(8, 8, text)
         streams = random_streams(28, text)
-        calls = bind(layout.calls(grid, content), ropes_of(layout, grid))
-        expected = attend(streams["q"], streams["k"], streams["v"], calls)["image"]
+        expected = run(layout, content, grid, streams)["image"]
         for shift in ((2, 4), (1, 3)):
             moved = layout.calls(grid, content)
             add = jnp.asarray([[[0.0, *shift]]], jnp.float32)
@@ -135,7 +144,7 @@ def test_shift_invariance():  # T3
                 for g, c in enumerate(moved)
             )
             bound = bind(moved, ropes_of(layout, grid))
-            out = attend(streams["q"], streams["k"], streams["v"], bound)["image"]
+            out = jax.jit(attend)(streams["q"], streams["k"], streams["v"], bound)["image"]
             difference = float(jnp.abs(out - expected).max())
             assert difference < 1e-5 if not text else difference > 1e-3
 

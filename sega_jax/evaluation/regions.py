@@ -1,0 +1,220 @@
+"""Mixed resolution compared on nano: velocities with single-resolution models, pictures with their prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sega_jax.layouts.mixed import arrange, core, level_name, up
+from sega_jax.layouts.regions import parse_regions
+from sega_jax.nano import accuracy, check, render
+from sega_jax.pipeline import Pipeline
+from sega_jax.planning import get_layout
+from sega_jax.sampling.regions import PATCH, Canvases, block_mean, noises, step_flops
+
+# Without bands for velocities: there every token is compared.
+LAYOUTS = {
+    "crpa": "crpa(pad_fine=0, pad_coarse=0)",
+    "pi-lr": "crpa(pad_fine=0, pad_coarse=0, positions='pi-lr')",
+    "pi-hr": "crpa(pad_fine=0, pad_coarse=0, positions='pi-hr')",
+}
+
+
+def truth(pipe: Pipeline, count: int, side: int, seed: int = 0) -> tuple[list[str], jax.Array]:
+    """Unseen prompts and the latents of their rendered pictures, f32 [count, h, w, C]."""
+    cases = accuracy.unseen_prompts(count, seed)
+    rng = np.random.default_rng(seed)
+    pictures = np.stack([render.to_float(render.render(scene, side, side, rng)) for scene, _ in cases])
+    return [prompt for _, prompt in cases], pipe.encode_image(pictures, seed)
+
+
+def canvases(clean: jax.Array, noise: Canvases, sigma: float) -> Canvases:
+    """Every level of a picture at one noise level."""
+    out = {}
+    for name, field in noise.items():
+        out[name] = (1 - sigma) * clean + sigma * field
+        clean = block_mean(clean)
+    return out
+
+
+def velocity_errors(
+    pipe: Pipeline,
+    side: int,
+    *,
+    shares: Sequence[float],
+    layouts: Mapping[str, str] = LAYOUTS,
+    positional: str = "none",
+    sigmas: Sequence[float] = (0.9, 0.75, 0.6, 0.45),
+    pictures: int = 16,
+    batch: int = 8,
+) -> list[dict[str, Any]]:
+    """Relative squared error of mixed velocities against the single-resolution models at equal ``x_sigma``.
+
+    The reference of a level's tokens is the same model run on that level's whole canvas.  States are rendered
+    pictures, encoded and noised: ``len(sigmas) * pictures`` of them.
+
+    Args:
+        pipe: the demo model.
+        side: pixels of the finest level.
+        shares: of the area that a centred region refines.
+        layouts: name -> layout expression.
+        positional: method of all of them.
+        sigmas: noise levels.
+        pictures: number of pictures.
+        batch: pictures per model call.
+
+    Returns:
+        Rows with layout, share, level, and ``error``: sum of squared differences over the sum of squares of the
+        reference, over the tokens that are the level's content; ``by_sigma`` the same for each noise level.
+    """
+    prompts, clean = truth(pipe, pictures, side)
+    conditioning = pipe.encode(prompts)
+    levels = max(get_layout(layout).levels for layout in layouts.values())
+    field = pipe.noise(0, side, side, range(pictures))
+    fields, grid = noises(field, levels), pipe.grid(side, side)
+    velocity = pipe.velocity(positional)
+    sums: dict[tuple, np.ndarray] = {}
+    for sigma in sigmas:
+        x = canvases(clean, fields, sigma)
+        for first in range(0, pictures, batch):
+            rows = slice(first, first + batch)
+            part = {name: canvas[rows] for name, canvas in x.items()}
+            asked = jax.tree.map(lambda a, rows=rows: a[rows] if a.ndim else a, conditioning)
+            alone = {name: velocity(pipe.params, canvas, sigma, asked) for name, canvas in part.items()}
+            for share in shares:
+                for name, layout in layouts.items():
+                    options = get_layout(layout)
+                    masks = parse_regions(f"center:{share}").spread(options.levels - 1).masks(grid)
+                    mixed = options.mixed(masks, grid)
+                    content = arrange(tuple(map(jnp.asarray, masks)), mixed)
+                    own = {level_name(level): part[level_name(level)] for level in range(options.levels)}
+                    got, _ = replace(velocity, layout=mixed).advance(pipe.params, own, sigma, asked, content=content)
+                    for level, mask in enumerate(core(masks)):
+                        inside = np.asarray(up(mask, PATCH))[..., None]
+                        reference = np.asarray(alone[level_name(level)])
+                        difference = np.square(np.asarray(got[level_name(level)]) - reference)
+                        key = (name, share, level, sigma)
+                        found = np.array([(difference * inside).sum(), (np.square(reference) * inside).sum()])
+                        sums[key] = sums.get(key, np.zeros(2)) + found
+    rows = []
+    for name, share, level in dict.fromkeys(key[:3] for key in sums):
+        each = {sigma: sums[name, share, level, sigma] for sigma in sigmas}
+        total = sum(each.values())
+        rows.append(
+            {
+                "layout": name,
+                "share": share,
+                "level": level,
+                "error": float(total[0] / total[1]),
+                "by_sigma": {str(sigma): float(a / b) for sigma, (a, b) in each.items()},
+                "states": len(sigmas) * pictures,
+            }
+        )
+    return rows
+
+
+def boundary_energy(pictures: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Energy of steps between neighbouring pixels across the boundary of regions over that next to it, f64 [N].
+
+    Args:
+        pictures: [N, H, W, C].
+        levels: int [N or 1, h, w], level of the token at each fine place.
+
+    Returns:
+        1 means no seam; "next to it" is within half a coarse token, so that the picture's content counts little.
+    """
+    pictures = np.asarray(pictures, np.float64)
+    out = []
+    for picture, level in zip(pictures, np.broadcast_to(levels, (len(pictures), *levels.shape[1:])), strict=True):
+        side = picture.shape[0] // level.shape[0]
+        level = up(level, side)
+        across, beside = [], []
+        for axis in (0, 1):
+            steps = np.square(np.diff(picture, axis=axis)).mean(-1)
+            seam = np.diff(level.astype(int), axis=axis) != 0
+            near = np.zeros_like(seam)
+            for shift in range(2, side + 1):
+                near |= np.roll(seam, shift, axis) | np.roll(seam, -shift, axis)
+            across.append(steps[seam])
+            beside.append(steps[near & ~seam])
+        out.append(np.concatenate(across).mean() / max(np.concatenate(beside).mean(), 1e-12))
+    return np.asarray(out)
+
+
+def pictures(
+    pipe: Pipeline, side: int, *, layout: str, regions: str | None, positional: str, count: int, steps: int, batch: int
+) -> dict[str, Any]:
+    """Prompt accuracy, seam energy, seconds and FLOPs of ``count`` unseen prompts.
+
+    ``seconds`` are of denoising, without the first batch, which compiles; with a single batch it is made twice.
+    """
+    cases = accuracy.unseen_prompts(count)
+    right, seams, seconds = [], [], []
+    starts = list(range(0, count, batch))
+    for number, first in enumerate(starts if len(starts) > 1 else starts * 2):
+        part = cases[first : first + batch]
+        result = pipe.generate(
+            [prompt for _, prompt in part], width=side, height=side, steps=steps, positional=positional,
+            layout=layout, regions=regions, batch_size=len(part), seed=first,
+        )  # fmt: skip
+        if number:
+            seconds.append(result.timings["denoise"] / len(part))
+        if number and len(starts) == 1:
+            break
+        made = np.stack([image.array for image in result.images])
+        right += [all(check.read(p).matches(scene).values()) for p, (scene, _) in zip(made, part, strict=True)]
+        if result.levels is not None:
+            seams += boundary_energy(made, result.levels).tolist()
+    plan = pipe.plan(cases[0][1], width=side, height=side, steps=steps, layout=layout, regions=regions)
+    return {
+        "layout": layout,
+        "regions": regions,
+        "accuracy": float(np.mean(right)),
+        "seam": float(np.mean(seams)) if seams else None,
+        "seconds": float(np.mean(seconds)),
+        "flops": plan.estimate and plan.estimate.flops,
+        "share_of_full": plan.estimate and plan.estimate.share,
+        "pictures": count,
+    }
+
+
+def step_times(pipe: Pipeline, side: int, *, layouts: Sequence[tuple[str, str]], repeats: int = 8) -> list[dict]:
+    """Seconds of a mixed step over those of a full one, measured, and as the FLOP model has it.
+
+    Args:
+        pipe: the demo model.
+        side: pixels of the finest level.
+        layouts: (layout expression, regions) of each row.
+        repeats: full and mixed steps take turns; the fastest of each counts.
+    """
+    prompt = accuracy.unseen_prompts(1)[0][1]
+    asked, grid = pipe.encode([prompt]), pipe.grid(side, side)
+    velocity, field = pipe.velocity(), pipe.noise(0, side, side)
+    runs = {("dense", ""): (velocity, field, None, 1.0)}
+    config = pipe.parts.transformer_config
+    whole = step_flops(config, grid.tokens, grid.text_tokens, (grid.tokens + grid.text_tokens) ** 2)
+    for name, regions in layouts:
+        options = get_layout(name)
+        masks = parse_regions(regions).spread(options.levels - 1).masks(grid)
+        layout = options.mixed(masks, grid)
+        share = step_flops(config, layout.tokens, grid.text_tokens, layout.pairs(grid.text_tokens)) / whole
+        content = arrange(tuple(map(jnp.asarray, masks)), layout)
+        runs[name, regions] = replace(velocity, layout=layout), noises(field, options.levels), content, share
+    best = dict.fromkeys(runs, np.inf)
+    for repeat in range(repeats + 1):
+        for key, (model, latents, content, _) in runs.items():
+            begun = time.perf_counter()
+            jax.block_until_ready(model.advance(pipe.params, latents, 0.5, asked, content=content))
+            if repeat:  # the first compiles
+                best[key] = min(best[key], time.perf_counter() - begun)
+    full = best["dense", ""]
+    return [
+        {"layout": key[0], "regions": key[1], "seconds": best[key], "measured": best[key] / full, "flops": run[3]}
+        for key, run in runs.items()
+    ]
