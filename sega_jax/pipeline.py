@@ -29,6 +29,7 @@ from sega_jax.ladders import Rung
 from sega_jax.latents import load_latents
 from sega_jax.layouts.regions import get_regions
 from sega_jax.layouts.streams import Layout
+from sega_jax.models.adapters import attach, from_factors, guidance_settings
 from sega_jax.models.lora import LoraSpec, lora_specs
 from sega_jax.models.vae import normalize, sample_posterior
 from sega_jax.models.vae_tiled import encode_tiled
@@ -36,12 +37,14 @@ from sega_jax.planning import Plan, get_layout
 from sega_jax.planning import plan as make_plan
 from sega_jax.residency import Residency, fetched, places
 from sega_jax.sampling.denoise import Conditioning, Velocity
+from sega_jax.sampling.guided import Guided, TwoStage, enlarge, sharpen
 from sega_jax.sampling.ladder import Codec, Ladder, Level
 from sega_jax.sampling.regions import CoarseMixedFine, Crpa
 from sega_jax.sampling.resume import Checkpoint, digest
 from sega_jax.sampling.sampler import Euler, Noise, Sampler, State
 from sega_jax.sampling.schedule import MuPolicy, start_index
 from sega_jax.sharding.mesh import TENSOR, describe, laid, resolve_mesh, to_host
+from sega_jax.sharding.rules import place as place_parameters
 from sega_jax.stages import TILE, VaeMode, decode_with, encode_image, encode_text
 
 logger = logging.getLogger(__name__)
@@ -89,10 +92,11 @@ class Pipeline:
         source: what `from_pretrained` was asked for.
         dtype: of activations and parameters.
         backend: attention kernel, or ``"auto"``.
-        loras: merged into the weights.
+        loras: merged into the weights; of layout scale-dit, beside them.
         mesh: devices the weights lie on and the work is shared by; None is the default device.
         context: scheme by which attention meets the mesh's context axis, or ``"auto"``.
         residency: whether weights stay on the devices or wait on the host for their stage.
+        guidance_lora: what the LoRA of layout scale-dit's small stream says about itself (`with_guidance_lora`).
     """
 
     parts: Parts
@@ -103,6 +107,7 @@ class Pipeline:
     mesh: Mesh | None = None
     context: str = "auto"
     residency: Residency = "all"
+    guidance_lora: Mapping[str, Any] | None = None
 
     @classmethod
     def from_pretrained(
@@ -162,6 +167,27 @@ class Pipeline:
         parts = load_parts(folder, dtype=dtype, transformer=other, shardings=where, loras=merged)
         return cls(parts, os.fspath(model), dtype, backend, merged, mesh, context, residency)
 
+    def with_guidance_lora(self, lora: str | os.PathLike[str] | LoraSpec) -> Pipeline:
+        """This pipeline with a LoRA for the small stream of layout ``"scale-dit"``; other layouts do not see it.
+
+        Args:
+            lora: file of any dialect that `converters.lora_dialects` reads (``"file:weight"`` to weaken it).
+
+        Raises:
+            CheckpointError: not a LoRA, or not one of a guidance stream.
+        """
+        (spec,) = lora_specs([lora])
+        old = self.parts.transformer
+        module = nnx.merge(old.graphdef, old.params)
+        factors = spec.read().factors.get("transformer", {})
+        changed = attach(module, from_factors(module, factors, weight=spec.weight, name=spec.file))
+        component = Component.of(changed)
+        if self.mesh is not None:
+            component = replace(component, params=place_parameters(component.params, self.mesh))
+        parts = replace(self.parts, transformer=component)
+        settings = guidance_settings(Path(spec.file).expanduser())
+        return replace(self, parts=parts, loras=(*self.loras, spec), guidance_lora=settings)
+
     @property
     def params(self) -> nnx.State:
         """Transformer parameters on their devices, the first argument of `sega_jax.velocity`'s function."""
@@ -183,6 +209,8 @@ class Pipeline:
 
     def plan(self, prompt: str, **request: Any) -> Plan:
         """Validate a request and fill in its defaults; see `planning.plan` for the fields."""
+        if isinstance(get_layout(request.get("layout", "dense")), Guided):
+            request = {**request, "guidance_lora": self.guidance_lora}
         return make_plan(self.parts, prompt, **request)
 
     # -- stages --------------------------------------------------------------------------------------------------
@@ -268,8 +296,8 @@ class Pipeline:
     def velocity(self, positional: str | pe.Method = "none", layout: str | Layout = "dense") -> Velocity:
         """The model as a pure function; see `Velocity`."""
         layout = get_layout(layout)
-        if isinstance(layout, Crpa):
-            raise ValueError(f"layout={layout.name!r} is a way of sampling, not of one step; see sampling.regions")
+        if isinstance(layout, Crpa | Guided):
+            raise ValueError(f"layout={layout.name!r} is a way of sampling, not of one step; see sega_jax.sampling")
         return Velocity(
             self.parts.transformer.graphdef,
             pe.get(positional),
@@ -315,7 +343,7 @@ class Pipeline:
         image_indices: Sequence[int] | None = None,
         batch_size: int = 1,
         positional: str | pe.Method = "auto",
-        layout: str | Layout | Crpa = "dense",
+        layout: str | Layout | Crpa | Guided = "dense",
         regions: Any = None,
         mu: MuPolicy | None = None,
         init_image: str | os.PathLike[str] | np.ndarray | None = None,
@@ -344,7 +372,8 @@ class Pipeline:
             batch_size: pictures per model call; changes speed and memory, not pictures (up to rounding).
             positional: preset, expression, ``module:name``, method object, or ``"auto"``: plain at or below the
                 trained size, YaRN above (PI for nano).
-            layout: ``"dense"``; ``"crpa"`` for high resolution in ``regions`` only (`sampling.regions.Crpa`); or
+            layout: ``"dense"``; ``"crpa"`` for high resolution in ``regions`` only (`sampling.regions.Crpa`);
+                ``"scale-dit"``, a small picture first, then the large one in windows (`sampling.guided.Guided`); or
                 ``"scalediff"``, which climbs to sizes above the trained one by a ladder (`layouts.neighborhood`);
                 options as in ``"crpa(levels=3, fine=0.2)"`` or ``"scalediff(jitter=True)"``.
             regions: with ``crpa``, what to refine: an expression such as ``"center:0.3"``, ``"box:0,0,512,512"``,
@@ -447,7 +476,7 @@ class Pipeline:
         self,
         plan: Plan,
         method: str | pe.Method,
-        layout: str | Layout | Crpa,
+        layout: str | Layout | Crpa | Guided,
         source: np.ndarray | None = None,
         regions: Any = None,
         vae: VaeMode = "auto",
@@ -465,6 +494,8 @@ class Pipeline:
         if plan.ladder is not None:
             return self._ladder(plan, method, source, vae)
         grid = self.grid(plan.height, plan.width)
+        if isinstance(get_layout(layout), Guided):
+            return self._two_stage(plan, method)
         sigmas = self.parts.schedule.sigmas(plan.steps, grid.tokens, plan.mu)
         sigmas = sigmas[0 if plan.strength is None else start_index(plan.steps, plan.strength) :]
         layout, shape = get_layout(layout), self._latent_shape(grid)
@@ -499,6 +530,31 @@ class Pipeline:
             return normalize(self.parts.vae_config, chosen)
 
         return Ladder(tuple(levels), Codec(partial(self.decode, vae=vae), encode), source)
+
+    def _two_stage(self, plan: Plan, method: str | pe.Method) -> TwoStage:
+        settings = get_layout(plan.layout)
+        grid = self.grid(plan.height, plan.width)
+        small = settings.layout.low_grid(grid)
+        sigmas = self.parts.schedule.sigmas(plan.steps, grid.tokens, plan.mu)
+        height, width, channels = self._latent_shape(grid)
+
+        def by_latents(low: jax.Array) -> jax.Array:
+            return enlarge(low, (height, width))
+
+        def by_pixels(low: jax.Array) -> jax.Array:
+            pixels = jnp.asarray(self.decode(low))
+            return self.encode_image(np.asarray(sharpen(enlarge(pixels, grid.pixels))))
+
+        own = self.plan("", height=small.pixels[0], width=small.pixels[1], steps=plan.steps).positional
+        return TwoStage(
+            settings,
+            self.velocity(own),
+            self.velocity(method, settings.layout),
+            self.parts.schedule.sigmas(plan.steps, small.tokens, plan.mu),
+            sigmas[settings.first(plan.steps) :],
+            (height, width, channels),
+            {"pixels": by_pixels, "latents": by_latents}.get(settings.start),
+        )
 
     def _denoise(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.neighborhood import Neighborhood
 from sega_jax.layouts.regions import Regions, get_regions
 from sega_jax.layouts.streams import Layout
-from sega_jax.recipes import recipe
+from sega_jax.recipes import guided_recipe, recipe
+from sega_jax.sampling import guided
 from sega_jax.sampling.regions import Crpa, Estimate, estimate, levels_map, stages_of
 from sega_jax.sampling.schedule import MuPolicy, collapse_warning, start_index
 
@@ -28,14 +29,17 @@ LAYOUTS: dict[str, Any] = {"dense": Dense(), "crpa": Crpa(), "scalediff": Neighb
 REGIONS = "auto:0.3"  # what crpa refines unless told
 
 
-def get_layout(layout: str | Layout | Crpa) -> Layout | Crpa:
-    """A layout by name or expression such as ``crpa(levels=3, fine=0.2)``, or the object itself.
+def get_layout(layout: str | Layout | Crpa | guided.Guided) -> Layout | Crpa | guided.Guided:
+    """A layout by name or expression such as ``crpa(levels=3, fine=0.2)``, or the object itself;
+    ``scale-dit`` names the settings of a two-stage run.
 
     Raises:
         ValueError: for an unknown name or option; the known ones are listed.
     """
     if not isinstance(layout, str):
         return layout
+    if layout.partition("(")[0].strip() in guided.PRESETS:
+        return guided.parse(layout.strip())
     if layout in LAYOUTS:
         return LAYOUTS[layout]
     try:
@@ -45,7 +49,8 @@ def get_layout(layout: str | Layout | Crpa) -> Layout | Crpa:
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         name, options = "", {}
     if name not in LAYOUTS or (name and call.args):
-        raise ValueError(f"layout={layout!r} is unknown; known: {', '.join(LAYOUTS)}, with options as crpa(levels=3)")
+        names = ", ".join([*LAYOUTS, *guided.PRESETS])
+        raise ValueError(f"layout={layout!r} is unknown; known: {names}, with options as crpa(levels=3)")
     known = [field.name for field in fields(LAYOUTS[name]) if field.name != "name"]
     unknown = [str(option) for option in options if option not in known]
     if unknown:
@@ -125,12 +130,13 @@ def plan(
     seed: int = 0,
     num_images: int = 1,
     positional: str | pe.Method = "auto",
-    layout: str | Layout | Crpa = "dense",
+    layout: str | Layout | Crpa | guided.Guided = "dense",
     mu: MuPolicy | None = None,
     strength: float | None = None,
     regions: Any = None,
     ladder: str | Sequence[ladders.Rung] | None = None,
     from_picture: bool = False,
+    guidance_lora: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Validate a request and fill in its defaults; loads, compiles and computes nothing.
 
@@ -138,6 +144,7 @@ def plan(
         outline: of the pipeline that is to serve it.
         prompt: text; the other fields as in `Pipeline.generate`.
         from_picture: whether the run starts from a picture.
+        guidance_lora: what the LoRA of layout scale-dit says about itself; None without one.
 
     Raises:
         ValueError, TypeError: for the first field that cannot be served, with value and remedy.
@@ -183,6 +190,8 @@ def plan(
     if isinstance(layout, Neighborhood) and rungs is None and strength is None and max(grid.stretch) > 1:
         rungs = ladders.doubling(grid)
     if rungs is not None:
+        if isinstance(layout, guided.Guided) or any(str(r.layout).startswith(guided.NAME) for r in rungs):
+            raise ValueError("ladder: layout scale-dit is a run of two sizes itself; give --size alone")
         auto = isinstance(positional, str) and positional == "auto"
         rungs = ladders.resolve(
             rungs,
@@ -198,8 +207,19 @@ def plan(
         layout = get_layout(rungs[-1].layout)
     if from_picture and rungs is None and strength is None:
         strength = 0.6
+    if isinstance(layout, guided.Guided):
+        if strength is not None:
+            raise ValueError("init_image: layout scale-dit starts from a small picture of its own; use layout='dense'")
+        own = guidance_lora or {}
+        known = guided_recipe(known, layout.guidance, nano=config.text_dim < 1024, positional=own.get("positional"))
+    elif guidance_lora is not None:
+        raise ValueError(f"layout={layout.name!r}: a LoRA of the guidance stream works with layout='scale-dit' only")
     method = pe.get(known.positional if isinstance(positional, str) and positional == "auto" else positional)
-    if not isinstance(layout, Crpa):
+    if isinstance(layout, guided.Guided):
+        layout = guided.resolve(layout, method, grid, guidance_lora)
+        if guidance_lora is None:
+            logger.warning("%s", guided.TRAINING_FREE)
+    elif not isinstance(layout, Crpa):
         layout.grids(grid)  # refuses a grid that it cannot lay out
     steps = known.steps if steps is None else steps
     mu = known.mu if mu is None else mu

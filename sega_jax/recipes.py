@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from sega_jax.geometry import Grid
 from sega_jax.sampling.schedule import MuPolicy
@@ -55,3 +56,20 @@ def recipe(grid: Grid, *, guidance_embeds: bool, dynamic_shift: bool, text_width
     if nano:
         return Recipe(positional, "clamp", 20, None, 3.0, f"nano model card (20 steps); {size}")
     return Recipe(positional, "clamp", 28, None, 3.5, f"FLUX.1-dev model card (28 steps); {size}")
+
+
+def guided_recipe(known: Recipe, guidance: float, *, nano: bool, positional: str | None = None) -> Recipe:
+    """Defaults of layout ``scale-dit``, from those of the plain layout.
+
+    Args:
+        known: defaults of the plain layout.
+        guidance: of the large picture, where the checkpoint takes it.
+        nano: whether this is the demo model, which keeps its own method and schedule.
+        positional: what the LoRA was trained with, if it says so.
+    """
+    settings = {"guidance": None if known.guidance is None else guidance}
+    if not nano:  # scale_dit.md §5, §12.1
+        settings |= {"positional": "rebase(factor=10.0)", "mu": math.log(3)}
+    if positional is not None:
+        settings["positional"] = positional
+    return replace(known, **settings, source=f"Scale-DiT, release A; {known.source}")

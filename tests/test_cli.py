@@ -168,6 +168,24 @@ def test_loras_change_the_picture_and_are_repeated_from_its_record(make, run, lo
     assert (code, "has changed since the picture was made; give --lora" in err) == (2, True)
 
 
+def test_scale_dit_is_repeated_from_its_record_with_and_without_its_lora(make, run, lora):
+    (free,) = make("--out", "free.png", "--layout", "scale-dit")["images"]
+    assert free["record"]["layout"] == "scale-dit(low='off', flow='cosine')"
+    (led,) = make("--out", "led.png", "--layout", "scale-dit", "--lora", lora)["images"]
+    assert led["record"]["layout"] == "scale-dit(low='cached', adapt='flux1', flow=0.0)"
+    assert [entry["file"] for entry in led["record"]["loras"]] == [str(lora)]
+    assert np.any(pixels("free.png") != pixels("led.png"))
+    assert run("generate", "--from-image", "led.png", "--out", "again.png")[0] == 0
+    np.testing.assert_array_equal(pixels("again.png"), pixels("led.png"))
+    words = ("generate", PROMPT, *QUICK, "--layout", "scale-dit", "--lora", lora)
+    assert "layout scale-dit(low='cached'" in run(*words, "--dry-run")[1]
+    code, _, err = run(*words, "--lora", lora)
+    assert (code, "2 LoRAs with layout scale-dit" in err) == (2, True)
+    Path("rows.jsonl").write_text('{"prompt": "a", "layout": "dense"}\n{"prompt": "b"}\n')
+    code, _, err = run("generate", "--prompts", "rows.jsonl", *QUICK, "--layout", "scale-dit", "--lora", lora)
+    assert (code, "run them apart" in err) == (2, True)
+
+
 def test_loras_that_cannot_be_used_are_refused(run, lora, tmp_path):
     words = ("generate", PROMPT, *QUICK, "--lora")
     for given, message in (("missing.safetensors", "no such file"), (f"{lora}:nan", "finite"), ("", "no such file")):
@@ -538,6 +556,9 @@ def test_latents_of_another_run_are_not_lost(run, make, model):
         (["x", "--layout", "crpa", "--regions", "box:0,0,9999,9"], "reaches beyond the picture of"),
         (["x", "--layout", "crpa", "--regions", "mask:nowhere.png"], "cannot be read as a picture"),
         (["x", "--layout", "crpa", "--size", "144x160"], "both sides must be multiples of 32"),
+        (["x", "--layout", "scale-dit(mask='K')"], "mask='K': expected 'kernel' or 'paper'"),
+        (["x", "--layout", "scale-dit(colour=1)"], "unknown colour; known: "),
+        (["x", "--layout", "scale-dit", "--size", "80"], "works in windows of 64 pixels; try height=64"),
         (["x", "--mu", "nan"], "mu='nan': expected native, clamp or a finite number"),
         (["x", "--strength", "0.5"], "strength=0.5: only with an init_image"),
         (["x", "--init-image", "no.png"], "init_image='no.png': no such file"),

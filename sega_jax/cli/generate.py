@@ -43,9 +43,10 @@ class Generate(ModelOptions):
     ] = None
     """Preset (see `sega-jax methods`), expression such as "ntk(strength=2.0)+sega_magnitude()", or module:name."""
     layout: Annotated[str | None, option("LAYOUT", "dense")] = None
-    """Where tokens sit and whom they see: dense, crpa (high resolution in --regions only) or scalediff (windows; climbs
-    to large sizes by a ladder), with options as in "crpa(levels=3, fine=0.2)" or "scalediff(jitter=True)"; see
-    docs/crpa.md and docs/scalediff.md."""
+    """Where tokens sit and whom they see: dense; crpa (high resolution in --regions only), scalediff (windows; climbs
+    to large sizes by a ladder) or scale-dit (a small picture first, then the large one in windows), with options as in
+    "crpa(levels=3, fine=0.2)", "scalediff(jitter=True)" or "scale-dit(mask='paper')"; see docs/crpa.md,
+    docs/scalediff.md and docs/scale-dit.md."""
     regions: Annotated[str | None, option("REGIONS", "auto:0.3 with --layout crpa")] = None
     """What crpa refines: center:SHARE, box:LEFT,TOP,WIDTH,HEIGHT (pixels or fractions), mask:FILE, auto:SHARE (by
     saliency of the coarse result); joined by +.  A picture OUT.regions.png shows them."""
@@ -81,7 +82,8 @@ class Generate(ModelOptions):
     """Other transformer weights: a component folder of diffusers or Orbax, or a single file of Black Forest Labs or
     ComfyUI."""
     lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, option("FILE[:WEIGHT]", "none")] = ()
-    """Merge a LoRA of any dialect into the weights; may be given several times.  Applies to every row."""
+    """Merge a LoRA of any dialect into the weights; may be given several times.  Applies to every row.  With layout
+    scale-dit it is the LoRA of the small picture's stream, kept apart."""
     embeddings: Annotated[Path | None, option("FILE.safetensors")] = None
     """Precomputed text [rows, tokens, width] and pooled [rows, width], one row per prompt, instead of the text
     encoders' (and negative_text, negative_pooled)."""
@@ -194,6 +196,7 @@ class Generate(ModelOptions):
         from sega_jax.cli import jobs as J
         from sega_jax.families import family_of
         from sega_jax.hub import resolve
+        from sega_jax.models.adapters import guidance_settings
         from sega_jax.models.lora import lora_specs
         from sega_jax.pipeline import default_dtype, versions
 
@@ -217,7 +220,9 @@ class Generate(ModelOptions):
             "transformer": None if transformer is None else str(transformer),
             **({"loras": [lora.record() for lora in loras]} if loras else {}),
         }
-        jobs = [J.look(job, self.overwrite) for job in J.make_jobs(requests, outline, run)]
+        guiding = _guidance_lora([request.layout for request in requests], loras)
+        settings = None if guiding is None else guidance_settings(Path(guiding.file).expanduser())
+        jobs = [J.look(job, self.overwrite) for job in J.make_jobs(requests, outline, run, settings)]
         if record:
             self._warn_of_differences(record, versions(), size, fill)
         new = [job for job in jobs if job.state is J.State.NEW]
@@ -244,9 +249,11 @@ class Generate(ModelOptions):
                     backend=run["backend"],
                     **({"residency": self.residency} if self.residency != "all" else {}),
                     **({"mesh": mesh, "context": self.context} if mesh is not None else {}),
-                    **({"loras": loras} if loras else {}),
+                    **({"loras": loras} if loras and guiding is None else {}),
                     **{**hub, "revision": commit or hub["revision"]},
                 )
+                if guiding is not None:
+                    pipe = pipe.with_guidance_lora(guiding)
             if compiling is not None and not compiling.done():
                 with Phase("compiling, cached for the next time"):
                     compiling.result()
@@ -328,6 +335,24 @@ def _without_ladder(base: dict[str, Any], given: dict[str, Any], where: str) -> 
     return base
 
 
+def _guidance_lora(layouts: list[str], loras: tuple) -> Any:
+    """The LoRA that layout scale-dit keeps for its small stream, instead of merging it; None for other layouts."""
+    from sega_jax.planning import get_layout
+    from sega_jax.sampling.guided import Guided
+
+    guided = {isinstance(get_layout(layout), Guided) for layout in layouts}
+    if guided != {True} and not (loras and True in guided):
+        return None
+    if len(guided) == 2:
+        raise ValueError("--lora with rows of layout scale-dit and of others: they use it differently; run them apart")
+    if len(loras) > 1:
+        raise ValueError(
+            f"{len(loras)} LoRAs with layout scale-dit: it takes the one of its small stream; merge the others into "
+            "the weights with `sega-jax convert`"
+        )
+    return loras[0] if loras else None
+
+
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
     """Lets ``--positional module:name`` find modules in the current folder, after all others."""
@@ -360,6 +385,8 @@ def _recipe_line(job: Any) -> str:
         f"mu {_mu(plan)}",
         f"{plan.steps} steps",
     ]
+    if plan.layout.startswith("scale-dit"):
+        parts.append(f"layout {plan.layout}")
     if plan.ladder is not None:
         parts = [f"{plan.width}x{plan.height} by the ladder {job.record['ladder']}"]
     if plan.guidance is not None:

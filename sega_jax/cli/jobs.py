@@ -187,13 +187,16 @@ def forget() -> None:
         cached.cache_clear()
 
 
-def make_jobs(requests: Sequence[Request], outline: Outline, run: dict[str, Any]) -> list[Job]:
+def make_jobs(
+    requests: Sequence[Request], outline: Outline, run: dict[str, Any], guidance_lora: dict[str, Any] | None = None
+) -> list[Job]:
     """Every picture of the requests, planned, with its files named.
 
     Args:
         requests: in the order of rows.
         outline: of the model.
         run: fields of the record that all share: dtype, backend, model, revision, transformer.
+        guidance_lora: what the LoRA of layout scale-dit says about itself; None without one.
 
     Raises:
         ValueError, TypeError, CheckpointError: for the first request that cannot be served.
@@ -223,6 +226,7 @@ def make_jobs(requests: Sequence[Request], outline: Outline, run: dict[str, Any]
                 strength=request.strength,
                 ladder=request.ladder,
                 from_picture=request.init_image is not None,
+                guidance_lora=guidance_lora,
             )
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}{error}") from error

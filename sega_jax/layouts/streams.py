@@ -33,11 +33,14 @@ class Stream:
         name: key in the dict of streams.
         kind: which of the model's embedder and double-block weights it uses.
         sigma: the stream's own noise level, or None for the sampler's (Scale-DiT's clean stream has 0).
+        adapter: what the model's adapters (`models.lora`) change for this stream, if it has any: ``"all"``,
+            ``"attention"`` (queries, keys and values only), or None for nothing.
     """
 
     name: str
     kind: StreamKind
     sigma: float | None = None
+    adapter: Literal["all", "attention"] | None = None
 
 
 class Table(NamedTuple):
@@ -121,6 +124,9 @@ class Layout(Protocol):
 
     A layout may have ``order(grid) -> {stream: i32 [N]}``, the order in which the model is to hold a stream's tokens
     and in which `calls` counts them; `enter` and `leave` are around it (see `ordered`).
+
+    A layout may have ``given(content) -> {stream: KeysValues}``, keys and values of streams that are asked but not
+    computed, [layers, B, N, heads, head_dim].
 
     A canvas is a whole picture of latents; a sampler's latents are one array (the canvas ``"image"``) or a dict of
     canvases by name, of which the largest one has the step's grid.

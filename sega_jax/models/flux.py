@@ -7,8 +7,9 @@ Architecture as published with the weights (Black Forest Labs, FLUX.1); adaLN-Ze
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from sega_jax.attention import attend
 from sega_jax.attention.context.split import Split
 from sega_jax.geometry import RopeSpec
 from sega_jax.layouts.streams import Call, Stream
+from sega_jax.models import adapters as lowrank
 from sega_jax.models.layers import LayerNorm, Linear, RMSNorm, stack, timestep_embedding, zeros
 from sega_jax.sharding.rules import gathered
 
@@ -162,7 +164,7 @@ class Projections(nnx.Module):
         return self.query_norm(q), self.key_norm(k), v
 
 
-def _modulation(layer: Linear, conditioning: jax.Array, parts: int) -> list[jax.Array]:
+def _modulation(layer: Callable[[jax.Array], jax.Array], conditioning: jax.Array, parts: int) -> list[jax.Array]:
     """Shift, scale and gate vectors, each [B, 1, width]."""
     return jnp.split(layer(jax.nn.silu(conditioning))[:, None, :], parts, axis=-1)
 
@@ -225,11 +227,31 @@ class SingleBlock(nnx.Module):
         return x + gate * self.out(jnp.concatenate([attended, hidden], axis=-1))
 
 
+def _split(mesh: Mesh | None, inputs: Mapping[str, jax.Array], streams: tuple[Stream, ...]) -> Split | None:
+    return Split.of(mesh, {s.name: inputs[s.name].shape[1] for s in streams if s.kind == "image"})
+
+
 StreamArrays = dict[str, jax.Array]
+Pair = tuple[jax.Array, jax.Array]
 
 
-def _attend(projected: Mapping[str, tuple], calls: tuple[Call, ...], backend: str, split: Split | None) -> StreamArrays:
+class KeysValues(NamedTuple):
+    """Keys and values of a stream in every block, not rotated: two arrays [layers, B, N, heads, head_dim] each."""
+
+    double: Pair
+    single: Pair
+
+
+def _attend(
+    projected: Mapping[str, tuple],
+    given: Mapping[str, Pair],
+    calls: tuple[Call, ...],
+    backend: str,
+    split: Split | None,
+) -> StreamArrays:
     q, k, v = ({name: p[i] for name, p in projected.items()} for i in range(3))
+    k |= {name: pair[0] for name, pair in given.items()}
+    v |= {name: pair[1] for name, pair in given.items()}
     out = attend(q, k, v, calls, backend=backend, split=split)
     return {name: y.reshape(*y.shape[:2], -1) for name, y in out.items()}
 
@@ -257,6 +279,7 @@ class Flux(nnx.Module):
         self.out_modulation = Linear(width, 2 * width, init=zeros, dtype=dtype, rngs=rngs)
         self.out_norm = LayerNorm(width, affine=False)
         self.out = Linear(width, config.in_channels, axes=("embed", None), init=zeros, dtype=dtype, rngs=rngs)
+        self.adapters: lowrank.Adapters | None = None  # for streams that ask for them
 
     def condition(self, sigma: jax.Array, pooled: jax.Array, guidance: jax.Array | None) -> jax.Array:
         """The vector that modulates a stream: float32 [B, width]."""
@@ -280,6 +303,7 @@ class Flux(nnx.Module):
         backend: str = "auto",
         remat: bool = False,
         mesh: Mesh | None = None,
+        given: Mapping[str, KeysValues] | None = None,
     ) -> StreamArrays:
         """Velocity of every image stream.
 
@@ -293,13 +317,65 @@ class Flux(nnx.Module):
             backend: attention kernel.
             remat: recompute blocks in the backward pass instead of storing their activations.
             mesh: devices to lay streams and weights on (`sega_jax.sharding`); the batch divides by its data axis.
+            given: keys and values of further streams (`keys_values`), which are asked but not computed.
 
         Returns:
             Image stream name -> velocity ``noise - clean``, [B, N, in_channels], in the dtype of the input.
         """
+        conditioning, hidden, _ = self._blocks(
+            inputs, sigma, pooled, guidance, calls, streams, backend, remat=remat, mesh=mesh, given=given
+        )
+        split = _split(mesh, inputs, streams)
+        out = {}
+        for stream in streams:
+            if stream.kind == "image":
+                shift, scale = _modulation(self.out_modulation, conditioning[stream.name], 2)
+                velocity = self.out(self.out_norm(hidden[stream.name]) * (1 + scale) + shift)
+                out[stream.name] = velocity if split is None else split.leave(stream.name, velocity)
+        return out
+
+    def keys_values(
+        self,
+        inputs: Mapping[str, jax.Array],
+        sigma: jax.Array,
+        pooled: jax.Array,
+        guidance: jax.Array | None,
+        calls: tuple[Call, ...],
+        *,
+        streams: tuple[Stream, ...],
+        backend: str = "auto",
+    ) -> dict[str, KeysValues]:
+        """Keys and values of every stream, for streams that stay as they are from step to step; as `__call__`."""
+        _, _, (double, single) = self._blocks(
+            inputs, sigma, pooled, guidance, calls, streams, backend, keep=tuple(s.name for s in streams)
+        )
+        return {stream.name: KeysValues(double[stream.name], single[stream.name]) for stream in streams}
+
+    def _blocks(
+        self,
+        inputs: Mapping[str, jax.Array],
+        sigma: jax.Array,
+        pooled: jax.Array,
+        guidance: jax.Array | None,
+        calls: tuple[Call, ...],
+        streams: tuple[Stream, ...],
+        backend: str,
+        *,
+        remat: bool = False,
+        mesh: Mesh | None = None,
+        given: Mapping[str, KeysValues] | None = None,
+        keep: tuple[str, ...] = (),
+    ) -> tuple[StreamArrays, StreamArrays, tuple[dict[str, Pair], dict[str, Pair]]]:
+        """Embeddings and all blocks: the conditioning and last hidden state of every stream, and kept keys and values.
+
+        ``keep`` names streams whose keys and values are returned per block.
+        """
         shared = self.condition(sigma, pooled, guidance)
         conditioning, hidden = {}, {}
-        split = Split.of(mesh, {s.name: inputs[s.name].shape[1] for s in streams if s.kind == "image"})
+        adapters = self.adapters
+        split = _split(mesh, inputs, streams)
+        if mesh is not None and given:
+            raise ValueError(f"keys and values given for {', '.join(given)}: on a mesh every stream has to run along")
         apart = mesh is not None and mesh.shape["tensor"] > 1
 
         def hold(hidden: StreamArrays) -> StreamArrays:
@@ -314,38 +390,44 @@ class Flux(nnx.Module):
                 vector = self.condition(jnp.full_like(sigma, stream.sigma), pooled, guidance)
             conditioning[stream.name] = vector.astype(x.dtype)
             hidden[stream.name] = self.text_embed(x) if stream.kind == "text" else self.image_embed(x)
+            if stream.adapter == "all" and adapters is not None and adapters.image_embed is not None:
+                hidden[stream.name] = hidden[stream.name] + adapters.image_embed(x)
 
-        def double(hidden: StreamArrays, block: DoubleBlock) -> tuple[StreamArrays, None]:
-            block = gathered(block, mesh)
-            halves = {s.name: block.half(s.kind) for s in streams}
+        def double(hidden: StreamArrays, layer: tuple) -> tuple[StreamArrays, dict[str, Pair]]:
+            block, changes, others = layer
+            block, changes = gathered(block, mesh), gathered(changes, mesh)
+            halves = {
+                s.name: lowrank.adapted(block.half(s.kind), changes if s.kind == "image" else None, s.adapter)
+                for s in streams
+            }
             modulation = {name: half.modulate(conditioning[name]) for name, half in halves.items()}
             projected = {name: half.project(hidden[name], modulation[name]) for name, half in halves.items()}
-            attended = _attend(projected, calls, backend, split)
+            attended = _attend(projected, others, calls, backend, split)
             finished = {n: half.finish(hidden[n], attended[n], modulation[n]) for n, half in halves.items()}
-            return hold(finished), None
+            return hold(finished), {name: projected[name][1:] for name in keep}
 
-        def single(hidden: StreamArrays, block: SingleBlock) -> tuple[StreamArrays, None]:
-            block = gathered(block, mesh)
+        def single(hidden: StreamArrays, layer: tuple) -> tuple[StreamArrays, dict[str, Pair]]:
+            block, changes, others = layer
+            block, changes = gathered(block, mesh), gathered(changes, mesh)
+            blocks = {s.name: lowrank.adapted(block, changes, s.adapter) for s in streams}
             normed, gates, projected = {}, {}, {}
             for name, x in hidden.items():
-                shift, scale, gates[name] = _modulation(block.modulation, conditioning[name], 3)
+                shift, scale, gates[name] = _modulation(blocks[name].modulation, conditioning[name], 3)
                 normed[name] = block.norm(x) * (1 + scale) + shift
-                projected[name] = block.attention(normed[name])
-            attended = _attend(projected, calls, backend, split)
-            finished = {n: block.finish(x, attended[n], normed[n], gates[n], apart=apart) for n, x in hidden.items()}
-            return hold(finished), None
+                projected[name] = blocks[name].attention(normed[name])
+            attended = _attend(projected, others, calls, backend, split)
+            finished = {
+                n: blocks[n].finish(x, attended[n], normed[n], gates[n], apart=apart) for n, x in hidden.items()
+            }
+            return hold(finished), {name: projected[name][1:] for name in keep}
 
         if remat:
             double, single = jax.checkpoint(double), jax.checkpoint(single)
-        hidden, _ = jax.lax.scan(double, hold(hidden), self.double)
-        hidden, _ = jax.lax.scan(single, hidden, self.single)
-        out = {}
-        for stream in streams:
-            if stream.kind == "image":
-                shift, scale = _modulation(self.out_modulation, conditioning[stream.name], 2)
-                velocity = self.out(self.out_norm(hidden[stream.name]) * (1 + scale) + shift)
-                out[stream.name] = velocity if split is None else split.leave(stream.name, velocity)
-        return out
+        changes = (None, None) if adapters is None else (adapters.double, adapters.single)
+        others = [{name: kv[i] for name, kv in (given or {}).items()} for i in range(2)]
+        hidden, doubles = jax.lax.scan(double, hold(hidden), (self.double, changes[0], others[0]))
+        hidden, singles = jax.lax.scan(single, hidden, (self.single, changes[1], others[1]))
+        return conditioning, hidden, (doubles, singles)
 
 
 def pack(latents: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from sega_jax.positional.chain import (
     traceable,
 )
 from sega_jax.positional.dype import dype
-from sega_jax.positional.extrapolate import none, ntk, pi, temperature, yarn
+from sega_jax.positional.extrapolate import none, ntk, pi, rebase, temperature, yarn
 from sega_jax.positional.methods import BIBTEX, MethodInfo, format_methods, methods
 from sega_jax.positional.rope import Rope, base_frequencies, magnitudes, phases, plain, rotate, tables
 from sega_jax.positional.rules import FrequencyRule, MagnitudeRule, Policy, Signals
@@ -55,6 +55,7 @@ __all__ = [
     "pi",
     "plain",
     "presets",
+    "rebase",
     "rotate",
     "sega_magnitude",
     "statistic",

@@ -28,7 +28,7 @@ import numpy as np
 
 from sega_jax.geometry import Grid
 from sega_jax.positional.dype import dype
-from sega_jax.positional.extrapolate import none, ntk, pi, temperature, yarn
+from sega_jax.positional.extrapolate import none, ntk, pi, rebase, temperature, yarn
 from sega_jax.positional.rope import Rope
 from sega_jax.positional.rules import (
     Expression,
@@ -214,7 +214,9 @@ def describe(method: Method) -> str:
 
 # --- expressions ----------------------------------------------------------------------------------------------
 
-RULES: dict[str, type[Expression]] = {cls.__name__: cls for cls in (none, pi, ntk, yarn, temperature, sega_magnitude)}
+RULES: dict[str, type[Expression]] = {
+    cls.__name__: cls for cls in (none, pi, ntk, yarn, rebase, temperature, sega_magnitude)
+}
 SCHEDULES: dict[str, type[Expression]] = {"dype": dype}
 
 

@@ -45,6 +45,25 @@ class none(FrequencyRule):
         return plain_frequencies(grid)
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class rebase(FrequencyRule):
+    """The base multiplied, ``theta' = factor * theta``, on every axis and stream and at every size.
+
+    What Scale-DiT's code calls NTK and trains its weights with (scale_dit.md §5): at the trained size too, so it is
+    no extrapolation rule.
+
+    Attributes:
+        factor: of the base; 10 in the released FLUX.1 settings.
+    """
+
+    factor: Any = number(10.0, least=1.0)
+
+    def frequencies(self, grid: Grid, signals: Signals) -> PerStream:
+        log_factor = jnp.log(jnp.asarray(self.factor, real_dtype()))
+        axes = tuple(_slowed(d, grid.spec.theta, log_factor, _ntk_exponents(d)) for d in grid.spec.dims)
+        return {"text": axes, "image": axes}
+
+
 def _per_stream(grid: Grid, text: str, trained: tuple[Any, ...], image: tuple[Any, ...]) -> PerStream:
     """Text shares the image's values on ``"corner"`` grids or on request, else stays as trained (dype.md §2)."""
     shared = text == "image" or grid.spec.ids == "corner"

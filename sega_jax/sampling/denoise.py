@@ -147,6 +147,7 @@ def predict(
         shared = jax.tree.map(lambda x: fill(x) if x.shape[0] == asked > 1 else x, shared)
         ropes = {n: {k: _per_sample(fill, rope, asked) for k, rope in r.items()} for n, r in ropes.items()}
     guidance = conditioning.guidance
+    given = layout.given(shared) if hasattr(layout, "given") else None
     streams = model(
         {"text": text.astype(dtype)} | {name: x.astype(dtype) for name, x in tokens.items()},
         jnp.broadcast_to(sigma, (rows,)),
@@ -156,6 +157,7 @@ def predict(
         streams=layout.streams(),
         backend=backend,
         mesh=mesh,
+        given=given,
     )
     streams = {name: x[:asked].astype(jnp.float32) for name, x in streams.items()}
     if guided:

@@ -92,7 +92,6 @@ def test_no_square_of_the_sequence():
     ("arguments", "message"),
     [
         ((40, 64, 512, "kernel"), "40 x 64 tokens"),
-        ((48, 48, 512, "kernel"), "multiple of 8 windows"),
         ((64, 64, 500, "kernel"), "text_tokens=500"),
         ((64, 64, 512, "K"), "mask='K'"),
     ],

@@ -1,0 +1,223 @@
+"""Training of Scale-DiT's LoRA on a tiny transformer: gradients, frozen weights, exact resume, files."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from converters.errors import CheckpointError
+from converters.lora_dialects import read_lora
+from sega_jax import positional as pe
+from sega_jax.families import Component
+from sega_jax.geometry import RopeSpec
+from sega_jax.models import adapters as A
+from sega_jax.models.abstract import initialize
+from sega_jax.models.flux import Flux, FluxConfig
+from sega_jax.training import lora, lora_data
+
+CONFIG = FluxConfig(
+    in_channels=16, double_layers=1, single_layers=1, heads=2, head_dim=16, text_dim=8, pooled_dim=8,
+    guidance_embeds=True, rope_dims=(4, 6, 6),
+)  # fmt: skip
+ROPE = RopeSpec(dims=(4, 6, 6), trained=(16, 16))
+TINY = {"rank": 2, "accumulate": 1, "batch": 2, "steps": 4, "remat": False}
+
+
+@pytest.fixture(scope="module")
+def transformer() -> Component:
+    module = initialize(lambda rngs: Flux(CONFIG, rngs=rngs))
+    graph, params = nnx.split(module)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
+    return Component(graph, jax.tree.unflatten(tree, leaves))
+
+
+@pytest.fixture
+def samples(tmp_path):
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        arrays = {"image": (8, 8, 4), "low": (2, 2, 4), "text": (4, 8), "pooled": (8,)}
+        save_file(
+            {name: rng.standard_normal(shape).astype(np.float32) for name, shape in arrays.items()},
+            folder / f"{number}.safetensors",
+        )
+    save_file({"text": np.zeros((4, 8), np.float32), "pooled": np.zeros(8, np.float32)}, folder / lora_data.EMPTY)
+    return folder
+
+
+def loss_of(recipe, transformer, state_graph, dtype="float32"):
+    return lora.guidance_loss(
+        transformer.graphdef, state_graph, recipe.windows(), pe.get(recipe.positional), ROPE,
+        dtype=dtype, guidance=recipe.guidance, remat=recipe.remat,
+    )  # fmt: skip
+
+
+def train(recipe, transformer, samples, folder, **options):
+    batches = lora_data.batches(samples, recipe.batch, caption_drop=recipe.caption_drop, seed=recipe.seed)
+    return lora.train(
+        recipe, transformer, ROPE, batches, folder, dtype="float32", every=2, report=lambda line: None, **options
+    )
+
+
+def test_gradient_is_that_of_finite_differences(transformer, samples):
+    recipe = lora.Recipe(**TINY)
+    graph, state = lora.start(recipe, transformer)
+    filled = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), state.adapters)
+    batch = lora_data.batches(samples, 2, caption_drop=0.0)(0)
+    loss = jax.jit(loss_of(recipe, transformer, graph))
+    key = jax.random.key(7)
+    gradient = jax.jit(jax.grad(loss_of(recipe, transformer, graph)))(filled, transformer.params, batch, key)
+    rng = np.random.default_rng(0)
+    way = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), filled)
+    slope = sum(float((g * w).sum()) for g, w in zip(jax.tree.leaves(gradient), jax.tree.leaves(way), strict=True))
+    step = 2e-3
+    ahead, behind = (
+        float(loss(jax.tree.map(lambda x, w, s=s: x + s * w, filled, way), transformer.params, batch, key))
+        for s in (step, -step)
+    )
+    assert slope == pytest.approx((ahead - behind) / (2 * step), rel=2e-2)
+    assert abs(slope) > 1e-2
+
+
+def test_run_falls_freezes_resumes_and_exports(transformer, samples, tmp_path):
+    """One run of 12 steps; another killed after 6 and resumed gives the same bits, and no frozen bit moves."""
+    before = jax.tree.map(np.array, transformer.params)
+    recipe = lora.Recipe(**{**TINY, "steps": 12, "optimizer": "adamw", "rate": 3e-2})
+    whole = train(recipe, transformer, samples, tmp_path / "whole")
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(transformer.params), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+    train(recipe, transformer, samples, tmp_path / "killed", seconds=0.0)  # stops at its first checkpoint
+    log = tmp_path / "killed" / "log.jsonl"
+    assert len(log.read_text().splitlines()) == 1
+    resumed = train(recipe, transformer, samples, tmp_path / "killed")
+    for name, layer in whole.layers().items():
+        other = resumed.layers()[name]
+        np.testing.assert_array_equal(layer.a[...], other.a[...])
+        np.testing.assert_array_equal(layer.b[...], other.b[...])
+        assert np.abs(layer.b[...]).max() > 0
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == [2, 4, 6, 8, 10, 12]
+
+    graph, state = lora.start(recipe, transformer)
+    loss = jax.jit(loss_of(recipe, transformer, graph))
+    batches = lora_data.batches(samples, 2, caption_drop=0.0)
+    _, trained = nnx.split(whole)
+    values = [
+        np.mean([float(loss(s, transformer.params, batches(i), jax.random.key(i))) for i in range(8)])
+        for s in (state.adapters, trained)
+    ]
+    assert values[1] < 0.95 * values[0]
+
+    file = tmp_path / "lora.safetensors"
+    A.save(file, whole, recipe.tags())
+    assert A.guidance_settings(file) == {
+        "layout": "scale-dit", "positional": "rebase(factor=10.0)", "adapt": "low",
+    }  # fmt: skip
+    names = set(load_file(file))
+    assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in names
+    assert "transformer.single_transformer_blocks.0.proj_out.lora_B.weight" in names
+    module = nnx.merge(transformer.graphdef, transformer.params)
+    again = A.from_factors(module, read_lora(file).factors["transformer"])
+    for name, layer in whole.layers().items():
+        np.testing.assert_allclose(again.layers()[name].a[...], layer.a[...], rtol=1e-6)
+        np.testing.assert_allclose(again.layers()[name].b[...], layer.b[...], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"rank=3 .there 2."):
+        lora.Checkpoints(tmp_path / "whole", lora.Recipe(**{**TINY, "rank": 3, "optimizer": "adamw", "rate": 3e-2}))
+
+
+def test_prodigy_with_accumulation_and_bfloat16_weights(transformer, samples, tmp_path):
+    recipe = lora.Recipe(**{**TINY, "accumulate": 2, "remat": True})
+    half = Component(transformer.graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), transformer.params))
+    batches = lora_data.batches(samples, 2, caption_drop=0.5)
+    adapters = lora.train(
+        recipe, half, ROPE, batches, tmp_path / "run", dtype="bfloat16", every=4, report=lambda line: None
+    )
+    assert all(layer.a[...].dtype == jnp.float32 for layer in adapters.layers().values())
+    assert max(float(np.abs(layer.b[...]).max()) for layer in adapters.layers().values()) > 0
+
+
+def test_parameter_counts_of_flux():  # scale_dit.md §9
+    from sega_jax.models.abstract import build_abstract
+
+    flux = build_abstract(lambda rngs: Flux(FluxConfig.dev(), rngs=rngs))
+    for targets, count in ((A.FULL, 57_951_232), (A.PARTIAL, 43_942_912)):
+        made = jax.eval_shape(lambda t=targets: nnx.split(A.create(flux, 16, jax.random.key(0), t))[1])
+        assert sum(x.size for x in jax.tree.leaves(made)) == count
+
+
+def test_loras_of_other_kinds_are_refused(transformer):
+    module = nnx.merge(transformer.graphdef, transformer.params)
+    text_side = {"double.text.attention.query.kernel": (32, 32), "single.mlp_in.kernel": (32, 64)}
+    factors = {
+        A.Slot(path, 0): A.Factors(np.ones((2, into), np.float32), np.ones((out, 2), np.float32))
+        for path, (into, out) in text_side.items()
+    }
+    with pytest.raises(CheckpointError, match=r"(?s)double.text.attention.query.*the LoRA is for \(32, 64\)"):
+        A.from_factors(module, factors)
+    with pytest.raises(CheckpointError, match="changes no layer"):
+        A.from_factors(module, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"optimizer": "sgd"}, "optimizer='sgd'"),
+        ({"layout": "scale-dit(low='off')"}, "leave out low"),
+        ({"caption_drop": 2.0}, "caption_drop=2.0"),
+        ({"positional": "spiral"}, "spiral"),
+    ],
+)
+def test_wrong_recipes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        lora.Recipe(**options)
+
+
+def test_methods_that_follow_the_noise_are_refused(transformer):
+    recipe = lora.Recipe(**TINY, positional="dype-ntk")
+    graph, _ = lora.start(recipe, transformer)
+    with pytest.raises(ValueError, match="the same at every noise level"):
+        loss_of(recipe, transformer, graph)
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+def test_captions(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("a red circle\n")
+    with pytest.raises(ValueError, match=r"1 pictures without a caption.*b.png"):
+        lora_data.captioned(tmp_path)
+    (tmp_path / "captions.jsonl").write_text('{"file": "b.png", "caption": "a blue square"}\n')
+    assert [c for _, c in lora_data.captioned(tmp_path)] == ["a red circle", "a blue square"]
+    (tmp_path / "captions.jsonl").write_text('{"file": "b.png"}\n')
+    with pytest.raises(ValueError, match=r"captions\.jsonl line 1"):
+        lora_data.captioned(tmp_path)
+
+
+def test_batches_depend_on_seed_and_step_alone(samples):
+    first, second = (lora_data.batches(samples, 2, caption_drop=0.5, seed=3) for _ in range(2))
+    for step in (5, 0):
+        for a, b in zip(first(step), second(step), strict=True):
+            np.testing.assert_array_equal(a, b)
+    drops = [float(jnp.abs(first(step).text).sum((1, 2)).min()) == 0 for step in range(20)]
+    assert 0 < sum(drops) < 20
+
+
+def test_samples_that_do_not_fit_are_refused(samples, tmp_path):
+    with pytest.raises(ValueError, match="no folder with samples"):
+        lora_data.batches(tmp_path / "none", 1, caption_drop=0.0)
+    arrays = load_file(samples / "0.safetensors")
+    save_file({**arrays, "low": arrays["image"]}, samples / "0.safetensors")
+    with pytest.raises(CheckpointError, match="4 times smaller"):
+        lora_data.batches(samples, 1, caption_drop=0.0)
