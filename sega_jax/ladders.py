@@ -150,24 +150,26 @@ def parse(text: str) -> tuple[Rung, ...]:
     return tuple(rungs)
 
 
-def doubling(grid: Grid) -> tuple[Rung, ...]:
-    """From the trained size, or what divides to it by halving, to a grid: every size twice the one before.
+def default(grid: Grid) -> tuple[Rung, ...]:
+    """From the trained size, or the nearest below it that divides the grid, by factors of three, then of two.
 
     Raises:
-        ValueError: the grid does not halve down to the trained size.
+        ValueError: no such size.
     """
-    rows, columns = grid.height, grid.width
-    sides = [(rows, columns)]
-    while rows * columns > 1.05 * grid.spec.trained[0] * grid.spec.trained[1]:
-        if rows % 2 or columns % 2:
-            raise ValueError(
-                f"{grid.pixels[1]}x{grid.pixels[0]} does not halve down to the trained size; give its sizes, as in "
-                "ladder='1024,2048,4096'"
-            )
-        rows, columns = rows // 2, columns // 2
-        sides.append((rows, columns))
-    side = grid.spec.pixels_per_token
-    return tuple(Rung(w * side, h * side) for h, w in reversed(sides))
+    trained = grid.spec.trained[0] * grid.spec.trained[1]
+    for factor in range(1, min(grid.height, grid.width) // 4 + 1):
+        rows, columns = grid.height // factor, grid.width // factor
+        whole = (rows * factor, columns * factor) == (grid.height, grid.width) and not rows % 4 and not columns % 4
+        twos = factor & -factor
+        threes = round(math.log(factor // twos, 3))
+        if whole and rows * columns <= 1.05 * trained and twos * 3**threes == factor:
+            growth = itertools.accumulate([1] + [3] * threes + [2] * (twos.bit_length() - 1), int.__mul__)
+            side = grid.spec.pixels_per_token
+            return tuple(Rung(columns * side * n, rows * side * n) for n in growth)
+    raise ValueError(
+        f"{grid.pixels[1]}x{grid.pixels[0]} is no trained size enlarged by factors of two and three; give the sizes, "
+        "as in ladder='1024,2048,4096'"
+    )
 
 
 def text_of(rungs: Sequence[Rung]) -> str:

@@ -188,7 +188,7 @@ def plan(
         raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 4294967295")
     layout = get_layout(layout)
     if isinstance(layout, Neighborhood) and rungs is None and strength is None and max(grid.stretch) > 1:
-        rungs = ladders.doubling(grid)
+        rungs = ladders.default(grid)
     if rungs is not None:
         if isinstance(layout, guided.Guided) or any(str(r.layout).startswith(guided.NAME) for r in rungs):
             raise ValueError("ladder: layout scale-dit is a run of two sizes itself; give --size alone")

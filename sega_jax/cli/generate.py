@@ -50,7 +50,7 @@ class Generate(ModelOptions):
     regions: Annotated[str | None, option("REGIONS", "auto:0.3 with --layout crpa")] = None
     """What crpa refines: center:SHARE, box:LEFT,TOP,WIDTH,HEIGHT (pixels or fractions), mask:FILE, auto:SHARE (by
     saliency of the coarse result); joined by +.  A picture OUT.regions.png shows them."""
-    ladder: Annotated[str | None, option("SIZES", "with scalediff: doubling from the trained size")] = None
+    ladder: Annotated[str | None, option("SIZES", "with scalediff: up from the trained size")] = None
     """Sizes to climb, each starting from the one before: "1024,2048,4096", with options per size as in
     "1024, 2048 layout=dense positional=sega, 4096 tau=0.5 gamma=none".  With --init-image the picture takes the place
     of the first size."""

@@ -233,6 +233,7 @@ def test_a_plan_is_filled_in_and_repeats_itself(pipe):
     assert plan.evaluations(from_picture=True) == 12 + 10
     doubled = pipe.plan("a", layout="scalediff", width=1024, height=1024).ladder
     assert [rung.width for rung in doubled] == [256, 512, 1024]
+    assert [rung.width for rung in ladders.default(RopeSpec().grid(384, 384))] == [1024, 3072, 6144]
     # above the trained grid the window stays trained
     assert pipe.plan("a", layout="scalediff", ladder="512,1024").ladder[1].layout == "scalediff"
 
@@ -270,7 +271,7 @@ def test_conflicts_are_refused(pipe):
         pipe.plan("a", ladder="256,512", strength=0.5)
     with pytest.raises(ValueError, match="give two sizes"):
         pipe.plan("a", ladder="256", from_picture=True)
-    with pytest.raises(ValueError, match="halve down"):
+    with pytest.raises(ValueError, match="factors of two and three"):
         pipe.plan("a", layout="scalediff", width=400, height=400)
 
 
