@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from sega_jax.attention.context.route import attend_split, split_backend
@@ -38,10 +39,21 @@ def attention(
     return kernel.run(request)[0]
 
 
+def _copies(index: ArrayLike, length: int) -> int | None:
+    """How often an index repeats all tokens in order; None for any other."""
+    if not isinstance(index, np.ndarray) or index.ndim != 1 or len(index) % length:
+        return None
+    copies = len(index) // length
+    return copies if np.array_equal(index, np.tile(np.arange(length, dtype=index.dtype), copies)) else None
+
+
 def _take(x: jax.Array, index: ArrayLike | None) -> jax.Array:
     """[B, N, H, D] -> [B, groups, n, H, D]; padding indices give zeros."""
     if index is None:
         return x[:, None]
+    copies = _copies(index, x.shape[1])
+    if copies is not None:
+        return jnp.tile(x, (1, copies, 1, 1))[:, None]
     index = jnp.asarray(index)
     if index.ndim == 1:
         return x.at[:, index].get(mode="fill", fill_value=0)[:, None]
@@ -89,6 +101,9 @@ def _attend_set(q: Streams, k: Streams, v: Streams, keys: KeySet, backend: str) 
 def _average(out: jax.Array, index: ArrayLike, length: int) -> jax.Array:
     """[B, groups, n, H, D] -> [B, length, H, D], the mean of the rows of each token; float32 sums."""
     batch, groups, count, heads, width = out.shape
+    copies = _copies(index, length)
+    if copies is not None:
+        return out.reshape(batch, groups * copies, length, heads, width).astype(jnp.float32).mean(1).astype(out.dtype)
     index = jnp.asarray(index)
     index = jnp.broadcast_to(index.reshape(-1, groups * count), (batch, groups * count))
     rows = out.reshape(batch, groups * count, heads, width).astype(jnp.float32)

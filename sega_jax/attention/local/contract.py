@@ -58,6 +58,10 @@ class Kernel:
     run: Callable[..., tuple[jax.Array, jax.Array]]
     tilings: Callable[[Request], tuple[Tile, ...]] | None = None
 
+    def __post_init__(self):
+        if not hasattr(self.run, "__wrapped__"):
+            object.__setattr__(self, "run", _costed(self.run))
+
 
 def accumulator(dtype) -> np.dtype:
     """Softmax and sums of values of ``dtype`` are kept in this: float32, or float64 for float64."""
