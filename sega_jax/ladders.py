@@ -227,7 +227,7 @@ def resolve(
         where = f"ladder entry {str(rung)!r}: "
         try:
             whose = get_layout(rung.layout if rung.layout is not None else "dense" if number == 0 else layout)
-            if not isinstance(whose, Layout):
+            if not hasattr(whose, "calls"):  # crpa, scale-dit: runs of several sizes themselves
                 raise ValueError(f"layout={whose.name!r} climbs by itself; a ladder takes dense or scalediff")
             if isinstance(whose, Neighborhood) and whose.window is None and window != spec.trained:
                 whose = replace(whose, window=window)
