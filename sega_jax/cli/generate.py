@@ -237,9 +237,11 @@ class Generate(ModelOptions):
             from sega_jax.cli.engine import Engine
             from sega_jax.pipeline import Pipeline
             from sega_jax.sampling.resume import Stopped
-            from sega_jax.sharding import resolve_mesh
+            from sega_jax.sharding.mesh import describe, resolve_mesh
 
             mesh = resolve_mesh(self.mesh, batch=size)
+            if mesh is not None:
+                say(f"mesh {describe(mesh)}")
             compiling = self._compile_ahead(batches, model, other, run, mesh, hub)
             with Phase(f"loading {model}"):
                 pipe = Pipeline.from_pretrained(
