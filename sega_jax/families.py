@@ -82,7 +82,7 @@ class Parts(Outline):
     vae: Component
 
 
-def _configured(what: Path, build: Callable[[Mapping], Any]) -> Any:
+def configured(what: Path, build: Callable[[Mapping], Any]) -> Any:
     """A configuration object from a JSON file, with the file named in any complaint."""
     config = read_json(what)
     try:
@@ -95,7 +95,7 @@ def _flux_config(path: Path) -> FluxConfig:
     """Configuration of a FLUX.1 transformer; of a folder, its ``config.json`` is enough."""
     if path.is_dir():
         folder = path / "transformer" if (path / "model_index.json").is_file() else path
-        return _configured(folder / "config.json", FluxConfig.from_dict)
+        return configured(folder / "config.json", FluxConfig.from_dict)
     part = open_component(path, "transformer")
     part.source.close()
     try:
@@ -132,9 +132,9 @@ def _check_vocabulary(folder: Path, config: ClipConfig | T5Config, tokens: TextT
 
 def outline_flux(folder: Path, transformer: Path | None = None) -> Outline:
     """The outline of a FLUX.1 pipeline folder; arguments as in `load_flux`."""
-    schedule = _configured(folder / "scheduler" / "scheduler_config.json", Schedule.from_dict)
+    schedule = configured(folder / "scheduler" / "scheduler_config.json", Schedule.from_dict)
     config = _flux_config(transformer or folder / "transformer")
-    vae_config = _configured(folder / "vae" / "config.json", VaeConfig.from_dict)
+    vae_config = configured(folder / "vae" / "config.json", VaeConfig.from_dict)
     limit = read_json(folder / "tokenizer_2" / "tokenizer_config.json").get("model_max_length", LONGEST_TEXT)
     # schnell alone has neither guidance input nor dynamic shift
     longest = LONGEST_TEXT if config.guidance_embeds or schedule.dynamic else SCHNELL_TEXT_TOKENS
@@ -151,7 +151,7 @@ def outline_flux(folder: Path, transformer: Path | None = None) -> Outline:
 
 def load_vae(folder: Path, dtype: DTypeLike, shardings: Shardings | None = None) -> tuple[Component, VaeConfig]:
     """The autoencoder of a pipeline folder, without the rest."""
-    config = _configured(folder / "vae" / "config.json", VaeConfig.from_dict)
+    config = configured(folder / "vae" / "config.json", VaeConfig.from_dict)
     part = open_component(folder / "vae", "vae")
     with closing(part.source):
         return _load(folder / "vae", part, partial(Vae, config), dtype, shardings), config
@@ -177,8 +177,8 @@ def load_flux(
     outline = outline_flux(folder, transformer)
     clip_tokenizer = load_clip_tokenizer(folder / "tokenizer")
     t5_tokenizer = load_t5_tokenizer(folder / "tokenizer_2", outline.text_tokens)
-    clip_config = _configured(folder / "text_encoder" / "config.json", ClipConfig.from_dict)
-    t5_config = _configured(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
+    clip_config = configured(folder / "text_encoder" / "config.json", ClipConfig.from_dict)
+    t5_config = configured(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
     _check_vocabulary(folder / "text_encoder", clip_config, clip_tokenizer)
     _check_vocabulary(folder / "text_encoder_2", t5_config, t5_tokenizer)
     weights = transformer or folder / "transformer"

@@ -316,25 +316,28 @@ def _step(r: _Request, stage: Stage) -> Program:
         (text, pooled) if r.guided else None,
         scalar if r.guided else None,
     )
-    velocity = stage.velocity
+    velocity = replace(stage.velocity, mesh=place.mesh)
+    method = jax.tree.map(lambda x: place.array(jnp.shape(x), jnp.result_type(x)), pe.traceable(velocity.method))
     state = jax.eval_shape(velocity.initial_state, latents, conditioning)
     state = jax.tree.map(lambda x: place.array(x.shape, x.dtype), state)
     content = jax.tree.map(
         lambda x: place.array((r.batch if x.shape[:1] == (1,) else x.shape[0], *x.shape[1:]), x.dtype), stage.content
     )
-    arguments = (place.params(parts.transformer), latents, scalar, conditioning, place.array((), jnp.int32), state)
+    step = place.array((), jnp.int32)
+    arguments = (place.params(parts.transformer), method, latents, scalar, conditioning, step, state, content)
 
-    def run(params, latents, sigma, conditioning, step, state, content):
-        return velocity.advance(params, latents, sigma, conditioning, step, state, content)
+    def run(params, method, latents, sigma, conditioning, step, state, content):
+        traced = replace(velocity, method=method)
+        return traced.advance(params, latents, sigma, conditioning, step, state, content)
 
     how = f"{velocity.layout.name}, {pe.describe(velocity.method)}, {velocity.backend} kernel"
     if r.place.mesh is not None:
         how += ", " + " x ".join(f"{n} {name}" for name, n in r.place.mesh.shape.items() if n > 1)
     program = Program(stage.name, how, stage.steps, r.closed.transformer, estimate=r.closed.step)
     with place.context():
-        counts = counting.count(run, *arguments, content)
+        counts = counting.count(run, *arguments)
     program = _counted(program, counts, place.target)
-    return _compiled(program, place, lambda: jax.jit(run).lower(*arguments, content), r.compile_)
+    return _compiled(program, place, lambda: jax.jit(run).lower(*arguments), r.compile_)
 
 
 def _decode(r: _Request, mode: str) -> Program:
@@ -448,8 +451,6 @@ def plan(
     kernel = backend or (KERNELS[where.platform] if target != "local" else "auto")
     place = _Place(where, _make_mesh(where, sizes))
     pipe = Pipeline(parts, os.fspath(model), dtype, kernel)
-    if place.mesh is not None:
-        pipe = replace(pipe, mesh=place.mesh)
     method = request.positional if isinstance(positional, str) else positional
     sampler = pipe.sampler(request, method, layout)
     r = _Request(parts, place, pipe.grid(request.height, request.width), batch_size, negative_prompt, dtype, closed,

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from sega_jax.families import Component, Outline, Parts, _configured, family_of
+from sega_jax.families import Component, Outline, Parts, configured, family_of
 from sega_jax.hub import resolve
 from sega_jax.models.abstract import build_abstract
 from sega_jax.models.clip import ClipConfig, ClipTextEncoder
@@ -57,8 +57,8 @@ def skeleton(model: str | Path, dtype: DTypeLike = "bfloat16", *, transformer: P
     else:
         folder = resolve(model, weights=False, **hub)
         outline = family_of(folder).outline(folder, transformer)
-        clip = _configured(folder / "text_encoder" / "config.json", ClipConfig.from_dict)
-        t5 = _configured(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
+        clip = configured(folder / "text_encoder" / "config.json", ClipConfig.from_dict)
+        t5 = configured(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
     return abstract_parts(outline, clip, t5, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``sega-jax generate | decode | convert | inspect | methods | bench | doctor``.
+"""The command line: ``sega-jax generate | decode | convert | inspect | plan | methods | bench | doctor``.
 
 Each verb is a frozen dataclass of its options with ``run()``, which is also the Python API::
 
@@ -23,12 +23,13 @@ _VERBS = {
     "decode": "Decode",
     "convert": "Convert",
     "inspect": "Inspect",
+    "plan": "Plan",
     "methods": "Methods",
     "bench": "Bench",
     "doctor": "Doctor",
 }
 
-__all__ = ["Bench", "Convert", "Decode", "Doctor", "Generate", "Inspect", "Methods", "main"]
+__all__ = ["Bench", "Convert", "Decode", "Doctor", "Generate", "Inspect", "Methods", "Plan", "main"]
 
 
 def __getattr__(name: str):

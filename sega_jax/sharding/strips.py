@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from sega_jax.attention.local import Request, choose
@@ -312,16 +313,20 @@ class StripStage:
 class _Survey(_Strips):
     """Compiles what `_Strips` would run, for the first strip, and runs nothing; arrays take no memory."""
 
-    def __init__(self, positions: int):
+    def __init__(self, positions: int, device: jax.Device | None = None):
         super().__init__(positions)
         self.stages: dict[Any, StripStage] = {}
+        self.place = None if device is None else SingleDeviceSharding(device)
 
     def _call(self, name: str, function: Callable, *arguments: Any, **static: Any) -> Any:
         result = jax.eval_shape(partial(function, **static), *arguments)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
         key = function, jax.tree.structure(arguments), *map(str, jax.tree.leaves(abstract)), *static.items()
         if key not in self.stages:
-            memory = function.lower(*arguments, **static).compile().memory_analysis()
+            placed = arguments
+            if self.place is not None:
+                placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.place), arguments)
+            memory = function.lower(*placed, **static).compile().memory_analysis()
             strip = next(x for x in arguments if isinstance(x, np.ndarray) and x.ndim > 2)
             self.stages[key] = StripStage(
                 f"{name} {'x'.join(map(str, strip.shape[1:]))}",
@@ -342,14 +347,22 @@ class _Survey(_Strips):
 
 
 def plan_strips(
-    vae: Vae, height: int, width: int, *, rows: int | None = None, batch: int = 1, dtype: DTypeLike = jnp.float32
+    vae: Vae,
+    height: int,
+    width: int,
+    *,
+    rows: int | None = None,
+    batch: int = 1,
+    dtype: DTypeLike = jnp.float32,
+    device: jax.Device | None = None,
 ) -> list[StripStage]:
-    """Compiles the functions of `iterate_strips` for the default device without running them.
+    """Compiles the functions of `iterate_strips` without running them.
 
     Args:
         vae: the autoencoder; its parameters may be abstract (`jax.ShapeDtypeStruct`).
         height, width: of the image, in pixels; multiples of ``vae.config.factor``.
         rows, batch, dtype: as the decode will have them.
+        device: to compile for; default the default device.
 
     Returns:
         One entry per compiled function.
@@ -360,7 +373,7 @@ def plan_strips(
     factor = vae.config.factor
     if height < 1 or width < 1 or height % factor or width % factor:
         raise ValueError(f"plan_strips: got {width}x{height}; expected positive multiples of {factor}")
-    survey = _Survey(_positions(vae, width // factor, rows))
+    survey = _Survey(_positions(vae, width // factor, rows), device)
     shape = (batch, height // factor, width // factor, vae.config.latent_channels)
     x = decode_by_rows(survey, vae, _Field(survey._empty(shape, dtype)))
     survey.conv(x, vae.decoder.conv_out, norm=vae.decoder.norm_out)
