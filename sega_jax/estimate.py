@@ -15,7 +15,7 @@ tokens, width W, B rows and b bytes per number:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from sega_jax.families import Component, Parts
 STEP_COPIES = 16
 DECODE_COPIES = 4  # arrays of the widest resolution in a decode
 STRIP_DECODE_BYTES = 3 * 2**30
+MORE = (2, 4, 8, 16, 32, 64)  # devices that `remedies` tries
 SINGLE = {"data": 1, "context": 1, "tensor": 1}
 
 Sizes = Mapping[str, int]
@@ -79,18 +80,24 @@ class Estimate:
         """All parameters."""
         return self.transformer + self.encoders + self.vae
 
-    @property
-    def peak(self) -> int:
-        return self.resident + max(self.encode, self.step, self.decode)
+    def peak(self, residency: str = "all") -> int:
+        """Most bytes at once: with all parameters there, or (``"offload"``) those of one stage at a time."""
+        stages = (self.encoders, self.encode), (self.transformer, self.step), (self.vae, self.decode)
+        if residency == "all":
+            return self.resident + max(work for _, work in stages)
+        return max(parameters + work for parameters, work in stages)
 
 
-def estimate(parts: Parts, height: int, width: int, *, rows: int = 1, sizes: Sizes = SINGLE) -> Estimate:
+def estimate(
+    parts: Parts, height: int, width: int, *, rows: int = 1, sizes: Sizes = SINGLE, scheme: str = "auto"
+) -> Estimate:
     """Closed forms for a picture of ``height`` x ``width`` pixels, ``rows`` of them per model call.
 
     Args:
         parts: of the model; abstract ones will do.
         rows: twice the batch with true guidance.
         sizes: devices along each mesh axis.
+        scheme: context scheme of `attention.context.route`.
     """
     config = parts.transformer_config
     side = parts.rope.pixels_per_token
@@ -105,7 +112,8 @@ def estimate(parts: Parts, height: int, width: int, *, rows: int = 1, sizes: Siz
     block = 36 * config.width**2 * number // tensor  # of a double block: two sets of 18 width^2
     step = STEP_COPIES * array + (2 * block if devices > 1 else 0)
 
-    sent = traffic(config, image, text, rows=rows, sizes=sizes, number=number, weights=whole)
+    sent = traffic(config, image, text, rows=rows, sizes=sizes, number=number, weights=whole,
+                   scheme=scheme)  # fmt: skip
     how, decode = decode_bytes(parts, height, width, devices)
     t5 = parameter_bytes(parts.t5)
     return Estimate(
@@ -121,7 +129,15 @@ def estimate(parts: Parts, height: int, width: int, *, rows: int = 1, sizes: Siz
 
 
 def traffic(
-    config: Any, image: int, text: int, *, rows: int, sizes: Sizes, number: int, weights: int
+    config: Any,
+    image: int,
+    text: int,
+    *,
+    rows: int,
+    sizes: Sizes,
+    number: int,
+    weights: int,
+    scheme: str = "auto",
 ) -> dict[str, int]:
     """Bytes out of one device in one step, by purpose: ``weights``, ``context``, ``tensor`` (closed forms above)."""
     from sega_jax.attention.context.route import choose_scheme
@@ -133,7 +149,7 @@ def traffic(
     along = 0
     if context > 1:
         heads = config.heads // tensor
-        _, degree = choose_scheme(heads, context, joint=True)
+        _, degree = choose_scheme(heads, context, joint=True, scheme=scheme)
         padded = -(-heads // degree) * degree / heads
         around = context // degree
         along = 4 * (degree - 1) / degree * own * padded
@@ -176,7 +192,7 @@ def candidates(devices: int, rows: int, heads: int) -> list[dict[str, int]]:
 
 def choose(
     parts: Parts, height: int, width: int, devices: int, *, batch: int = 1, rows: int = 1, memory: int | None = None,
-    joint: bool = True,
+    joint: bool = True, residency: str = "all",
 ) -> tuple[dict[str, int], Estimate]:  # fmt: skip
     """The mesh of all ``devices`` that fits into ``memory`` bytes each with the least traffic, and its estimate.
 
@@ -185,6 +201,7 @@ def choose(
     Args:
         batch: pictures per model call, which the data axis divides; ``rows``: of the model, as of `estimate`.
         joint: whether the layout is dense; others are served by Ulysses alone, on at most as many devices as heads.
+        residency: ``"all"`` parameters at once on the devices, or (``"offload"``) those of one stage.
     """
     heads = parts.transformer_config.heads
     known = []
@@ -192,7 +209,7 @@ def choose(
         if not joint and sizes["context"] > heads // sizes["tensor"]:
             continue
         found = estimate(parts, height, width, rows=rows, sizes=sizes)
-        over = 0 if memory is None else max(0, found.peak - memory)
+        over = 0 if memory is None else max(0, found.peak(residency) - memory)
         known.append((over, found.sent, -sizes["data"], -sizes["context"], sizes, found))
     if not known:
         raise ValueError(f"no mesh of {devices} devices can serve {heads} heads; use a divisor of the devices")
@@ -202,33 +219,33 @@ def choose(
 
 def remedies(
     parts: Parts, height: int, width: int, devices: int, memory: int, *, batch: int, rows: int, kind: str,
-    allowed: Sequence[int] = (2, 4, 8, 16, 32, 64),
+    residency: str = "all",
 ) -> list[str]:  # fmt: skip
-    """What would fit where this does not, each checked by the same closed forms."""
+    """What would fit where this does not, by the same closed forms: options of `generate`, more devices, a size.
+
+    Args:
+        devices, memory: how many there are, with how many bytes each, called ``kind``.
+        batch, rows, residency: as of `choose`.
+    """
+    each = rows // batch
+
+    def fits(count: int = devices, size: tuple[int, int] = (height, width), pictures: int = batch,
+             where: str = residency) -> bool:  # fmt: skip
+        options = {"batch": pictures, "rows": each * pictures, "memory": memory, "residency": where}
+        return choose(parts, *size, count, **options)[1].peak(where) <= memory
+
     said = []
-
-    def fits(count: int, height: int, width: int, batch: int) -> bool:
-        return choose(parts, height, width, count, batch=batch, rows=rows // batch_of * batch,
-                      memory=memory)[1].peak <= memory  # fmt: skip
-
-    batch_of = batch
-    if batch > 1 and fits(devices, height, width, 1):
+    if batch > 1 and fits(pictures=1):
         said.append("--batch-size 1")
-    more = next((count for count in allowed if count > devices and fits(count, height, width, batch)), None)
+    if residency == "all" and fits(where="offload"):
+        said.append("--residency offload")
+    more = next((count for count in MORE if count > devices and fits(count)), None)
     if more is not None:
         said.append(f"{more} x {kind}")
-    side = parts.rope.pixels_per_token
-    step = 16 * side
-    share = next(
-        (
-            share
-            for share in range(95, 5, -5)
-            if min(height, width) * share // 100 >= step
-            and fits(devices, *(max(side, int(n * share / 100) // step * step) for n in (height, width)), batch)
-        ),
-        None,
-    )
-    if share is not None:
-        smaller = [max(side, int(n * share / 100) // step * step) for n in (width, height)]
-        said.append(f"--size {smaller[0]}x{smaller[1]}")
+    step = 16 * parts.rope.pixels_per_token
+    for share in range(95, 5, -5):
+        size = tuple(side * share // 100 // step * step for side in (height, width))
+        if min(size) >= step and fits(size=size):
+            said.append(f"--size {size[1]}x{size[0]}")
+            break
     return said

@@ -409,7 +409,9 @@ def plan(
     batch_size: int = 1,
     negative_prompt: bool = False,
     mesh: str | None = None,
+    context: str = "auto",
     backend: str | None = None,
+    residency: str = "all",
     dtype: str = "bfloat16",
     compile: bool = True,
     transformer: Path | None = None,
@@ -424,7 +426,9 @@ def plan(
         positional, layout, steps, batch_size: as of `Pipeline.generate`.
         negative_prompt: whether there is one (true classifier-free guidance: two rows per picture).
         mesh: sizes such as ``"context=4,tensor=2"``; default the one with least traffic that fits.
+        context: scheme by which attention meets the context axis, as of `Pipeline`; with a mesh that has one.
         backend: attention kernel; default ours for the platform.
+        residency: ``"all"`` parameters on the devices through all stages, or ``"offload"``, as of `Pipeline`.
         dtype: of parameters and activations.
         compile: False for closed forms and the roofline alone.
         transformer, hub: as of `Pipeline.from_pretrained`.
@@ -446,22 +450,22 @@ def plan(
         num_images=batch_size, negative_prompt="" if negative_prompt else None,
     )  # fmt: skip
     rows = batch_size * (2 if negative_prompt else 1)
-    chosen = _mesh_sizes(mesh, parts, request, where, batch_size, rows)
-    sizes, closed = chosen
+    sizes, closed = _mesh_sizes(mesh, parts, request, where, batch_size, rows, residency, context)
     kernel = backend or (KERNELS[where.platform] if target != "local" else "auto")
     place = _Place(where, _make_mesh(where, sizes))
-    pipe = Pipeline(parts, os.fspath(model), dtype, kernel)
+    pipe = Pipeline(parts, os.fspath(model), dtype, kernel if context == "auto" else f"{context}+{kernel}")
     method = request.positional if isinstance(positional, str) else positional
     sampler = pipe.sampler(request, method, layout)
     r = _Request(parts, place, pipe.grid(request.height, request.width), batch_size, negative_prompt, dtype, closed,
                  compile)  # fmt: skip
 
     programs = [_encode(r), *(_step(r, stage) for stage in sampler.stages()), _decode(r, closed.decode_how)]
-    if programs[-1].how.startswith("exact, rows") and _over(programs[-1], closed, where):
+    beside = {p.name: 0 if residency == "offload" else closed.resident - p.parameters for p in programs}
+    if closed.decode_how == "sharded" and _over(programs[-1], beside["decode"], where):
         programs[-1] = _decode(r, "strips")
     sent = {stage.name: closed.sent for stage in sampler.stages()}
     programs = [_timed(program, where, sent.get(program.name, 0)) for program in programs]
-    report = _report(request, where, sizes, closed, programs, parts, batch_size, rows)
+    report = _report(request, where, sizes, closed, programs, parts, batch_size, rows, residency, beside)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     report["host"] = {
         "seconds": round(time.perf_counter() - begun, 1),
@@ -471,19 +475,19 @@ def plan(
     return {"model": os.fspath(model), "dtype": dtype, "kernel": kernel, **report}
 
 
-def _mesh_sizes(text, parts, request, where: Target, batch: int, rows: int):
+def _mesh_sizes(text, parts, request, where: Target, batch: int, rows: int, residency: str, scheme: str):
     joint = request.layout == "dense"
     if text is None:
         return estimate.choose(
             parts, request.height, request.width, where.count,
-            batch=batch, rows=rows, memory=where.memory, joint=joint,
+            batch=batch, rows=rows, memory=where.memory, joint=joint, residency=residency,
         )  # fmt: skip
     from sega_jax.sharding.mesh import parse_sizes
 
     sizes = {**estimate.SINGLE, **parse_sizes(text)}
     if math.prod(sizes.values()) != where.count:
         raise ValueError(f"mesh={text!r}: {math.prod(sizes.values())} devices, {where.name} has {where.count}")
-    return sizes, estimate.estimate(parts, request.height, request.width, rows=rows, sizes=sizes)
+    return sizes, estimate.estimate(parts, request.height, request.width, rows=rows, sizes=sizes, scheme=scheme)
 
 
 def _make_mesh(where: Target, sizes: Mapping[str, int]) -> Mesh | None:
@@ -494,31 +498,27 @@ def _make_mesh(where: Target, sizes: Mapping[str, int]) -> Mesh | None:
     return make_mesh(where.devices, **sizes)
 
 
-def _others(program: Program, closed: estimate.Estimate) -> int:
-    """Bytes of parameters that lie beside a program's own."""
-    return closed.resident - program.parameters
+def _over(program: Program, beside: int, where: Target) -> bool:
+    return program.failure is not None or program.peak + beside > where.memory
 
 
-def _over(program: Program, closed: estimate.Estimate, where: Target) -> bool:
-    return program.failure is not None or program.peak + _others(program, closed) > where.memory
-
-
-def _report(request, where, sizes, closed, programs, parts, batch, rows) -> dict:
-    peak, widest = max((p.peak + _others(p, closed), i) for i, p in enumerate(programs))
+def _report(request, where, sizes, closed, programs, parts, batch, rows, residency, beside) -> dict:
+    peak, widest = max((p.peak + beside[p.name], i) for i, p in enumerate(programs))
     failed = next((p for p in programs if p.failure is not None), None)
     fits = failed is None and peak <= where.memory
     because, advice = None, []
     if not fits:
         program = failed or programs[widest]
         because = (
-            f"{program.name} needs {_gb(program.peak + _others(program, closed))} per device "
-            f"({_gb(closed.resident)} of it parameters), {where.name} has {_gb(where.memory)}"
+            f"{program.name} needs {_gb(program.peak + beside[program.name])} per device "
+            f"({_gb(program.parameters + beside[program.name])} of it parameters), {where.name} has {_gb(where.memory)}"
         )
         if program.failure is not None:
             because = f"{program.name}: {program.failure}" + (f"; {because}" if program.peak else "")
         advice = estimate.remedies(
-            parts, request.height, request.width, where.count, where.memory, batch=batch, rows=rows, kind=where.chip
-        )
+            parts, request.height, request.width, where.count, where.memory,
+            batch=batch, rows=rows, kind=where.chip, residency=residency,
+        )  # fmt: skip
     times = [p.seconds for p in programs]
     return {
         "size": [request.width, request.height],
@@ -529,6 +529,7 @@ def _report(request, where, sizes, closed, programs, parts, batch, rows) -> dict
         "target": where.name,
         "devices": where.count,
         "mesh": dict(sizes),
+        "residency": residency,
         "compiled": all(p.compiled for p in programs),
         "missing": where.missing,
         "programs": [asdict(p) for p in programs],
@@ -538,7 +539,7 @@ def _report(request, where, sizes, closed, programs, parts, batch, rows) -> dict
         "fits": fits,
         "because": because,
         "try": advice,
-        "closed_form": asdict(closed) | {"peak": closed.peak},
+        "closed_form": asdict(closed) | {"peak": closed.peak(residency)},
         "seconds": None if None in times else sum(p.seconds * p.runs for p in programs) / batch,
         "assumptions": ASSUMPTIONS,
     }
@@ -568,23 +569,41 @@ def rank(reports: Sequence[dict], prices: Mapping[str, float] | None = None) -> 
     return sorted(priced, key=lambda r: (not r["fits"], r[key] is None, r[key] or 0.0))
 
 
-def check_runs(parts: Parts, height: int, width: int, *, batch: int = 1, rows: int = 1) -> str | None:
-    """Why a picture cannot be made on the devices that are here, by closed forms alone; None where it may fit.
+def place_here(
+    parts: Parts, height: int, width: int, *, batch: int = 1, rows: int = 1, joint: bool = True, residency: str = "all"
+) -> tuple[str | None, str | None]:
+    """The mesh for a picture on the devices that are here, and why it cannot be made; by closed forms alone.
 
-    On a CPU only what is clearly impossible is refused: parameters that exceed the memory that is available.
+    Args:
+        parts: of the model (`skeleton`); height, width: in pixels.
+        batch, rows, joint, residency: as of `estimate.choose`.
+
+    Returns:
+        The mesh as ``--mesh`` takes it, None for one device; and None, or a refusal that says what would fit.  Devices
+        of a CPU share its memory, so there one is used, and refused is only what cannot be held at all: parameters that
+        exceed what is available.
     """
-    where = find_target("local")
-    if where.platform == "cpu":
+    here = find_target("local")
+    mesh, machine = None, here.platform == "cpu"
+    if machine:
         closed = estimate.estimate(parts, height, width, rows=rows)
-        needed, kind = closed.resident, "this machine"
+        needed, kind = closed.resident, "this machine, which"
     else:
-        _, closed = estimate.choose(parts, height, width, where.count, batch=batch, rows=rows, memory=where.memory)
-        needed, kind = closed.peak, "a device"
-    if needed <= where.memory:
-        return None
-    advice = estimate.remedies(
-        parts, height, width, where.count, where.memory, batch=batch, rows=rows, kind="such devices"
-    )
-    return f"{width}x{height} would need about {_gb(needed)} on {kind} that has {_gb(where.memory)}" + (
-        f"; what would fit: {', '.join(advice)}" if advice else ""
+        sizes, closed = estimate.choose(
+            parts, height, width, here.count, batch=batch, rows=rows, memory=here.memory, joint=joint,
+            residency=residency,
+        )  # fmt: skip
+        needed, kind = closed.peak(residency), "each device, which"
+        if here.count > 1:
+            mesh = ",".join(f"{name}={size}" for name, size in sizes.items())
+    if needed <= here.memory:
+        return mesh, None
+    advice = [] if machine else estimate.remedies(
+        parts, height, width, here.count, here.memory, batch=batch, rows=rows, kind="such devices",
+        residency=residency,
+    )  # fmt: skip
+    remedy = f"; what would fit: {' or '.join(advice)}" if advice else ""
+    return mesh, (
+        f"{width}x{height} needs about {_gb(needed)} on {kind} has {_gb(here.memory)}{remedy} "
+        "(sega-jax plan says where it goes)"
     )

@@ -39,8 +39,12 @@ class Plan(ModelOptions):
     """Plan true classifier-free guidance: two model rows per picture."""
     mesh: Annotated[str | None, option("AXES", "the one with least traffic that fits")] = None
     """Devices per axis, such as context=4,tensor=2."""
+    context: Annotated[Literal["auto", "ulysses", "ring", "product"], option("SCHEME", "auto")] = "auto"
+    """As of generate, with --mesh."""
     backend: Annotated[str | None, option("KERNEL", "tpu or hopper, by target")] = None
     """Attention kernel."""
+    residency: Annotated[Literal["all", "offload"], option("WHERE", "all")] = "all"
+    """As of generate: all keeps all weights on the devices, offload those of one stage at a time."""
     dtype: Annotated[Literal["float32", "bfloat16"], option("DTYPE", "bfloat16")] = "bfloat16"
     """Of parameters and activations."""
     transformer: Annotated[Path | None, option("PATH", "the model's own")] = None
@@ -70,7 +74,9 @@ class Plan(ModelOptions):
             "batch_size": self.batch_size,
             "negative_prompt": self.negative_prompt,
             "mesh": self.mesh,
+            "context": self.context,
             "backend": self.backend,
+            "residency": self.residency,
             "dtype": self.dtype,
             "transformer": self.transformer,
             **self.hub(),
@@ -153,7 +159,8 @@ def show_plan(report: dict) -> str:
     lines += [f"{p['name']}: {note}" for p in report["programs"] for note in p["notes"]]
     lines += [
         "",
-        f"all parameters: {_gb(report['resident'])} GB per device, resident through all stages",
+        f"all parameters: {_gb(report['resident'])} GB per device, "
+        + ("there through all stages" if report["residency"] == "all" else "those of one stage at a time"),
         f"peak: {_gb(report['peak'])} of {_gb(report['memory'])} GB per device",
     ]
     if report["seconds"] is not None:

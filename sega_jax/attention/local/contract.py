@@ -68,16 +68,23 @@ def accumulator(dtype) -> np.dtype:
     return np.promote_types(dtype, np.float32)  # not jnp's: strict promotion refuses float32 with 16 bits
 
 
-def platform() -> str:
-    """Where kernels run, ``"cpu"``, ``"gpu"`` or ``"tpu"``: the platform of `jax.default_device`, else of JAX.
+def device() -> jax.Device:
+    """The device that kernels are chosen for: `jax.default_device`, else JAX's first.
 
     Compiling ahead of time, ``with jax.default_device(topologies.devices("v6e:2x4")[0])`` makes ``auto`` choose for
     that device.
     """
-    device = jax.config.jax_default_device
-    if device is None:
+    chosen = jax.config.jax_default_device
+    if chosen is None:
+        return jax.devices()[0]
+    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
+
+
+def platform() -> str:
+    """The platform of `device`: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
+    if jax.config.jax_default_device is None:
         return jax.default_backend()
-    kind = device if isinstance(device, str) else device.platform
+    kind = device().platform
     return {"cuda": "gpu", "rocm": "gpu"}.get(kind, kind)
 
 

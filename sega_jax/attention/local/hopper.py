@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sega_jax.attention.local import xla
-from sega_jax.attention.local.contract import Kernel, Refusal, Request
+from sega_jax.attention.local.contract import Kernel, Refusal, Request, device, platform
 from sega_jax.layouts.blocks import BlockMap
 
 OLDEST_JAX = (0, 11)  # warpgroup lowering by default, and the interpreter that the tests need
@@ -63,9 +63,9 @@ def _shape_refusal(request: Request) -> Refusal | None:
 
 
 def supports(request: Request) -> Refusal | None:
-    if jax.default_backend() != "gpu":
-        return Refusal(f"it runs on Hopper GPUs, the default device is {jax.default_backend()}")
-    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if platform() != "gpu":
+        return Refusal(f"it runs on Hopper GPUs, the default device is {platform()}")
+    capability = getattr(device(), "compute_capability", None)
     if capability != "9.0":
         return Refusal(f"it runs on compute capability 9.0 (H100, H200), this device has {capability}")
     return _shape_refusal(request)
@@ -421,7 +421,7 @@ def _forward(q, k, v, tables, tile_k: int, per_row: int, scale: float, interpret
 
 
 def _programs() -> int:
-    return getattr(jax.devices()[0], "core_count", PROGRAMS) if jax.default_backend() == "gpu" else PROGRAMS
+    return getattr(device(), "core_count", PROGRAMS) if platform() == "gpu" else PROGRAMS
 
 
 def _tables(request: Request, programs: int):
