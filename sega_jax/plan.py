@@ -243,7 +243,7 @@ def _compiled(program: Program, place: _Place, lower: Callable[[], Any], compile
         inputs=max(0, arguments - program.parameters),
         outputs=outputs,
         temporaries=temporaries,
-        peak=arguments + outputs + temporaries,
+        peak=max(arguments, program.parameters) + outputs + temporaries,  # unused weights are no arguments, but there
         collectives=sent,
         compiled=True,
         compile_seconds=seconds,
