@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from sega_jax import counting, estimate, planning, topologies
 from sega_jax import positional as pe
-from sega_jax.families import Component, Parts
+from sega_jax.families import Component, Outline, Parts
 from sega_jax.layouts.streams import Layout
 from sega_jax.pipeline import Pipeline
 from sega_jax.roofline import ASSUMPTIONS, roofline
@@ -133,7 +133,7 @@ class Program:
         runs: how often, per picture of a batch.
         parameters, inputs, outputs, temporaries: bytes the program holds; inputs without parameters.
         peak: all of them at once, from the compiler.
-        estimate: the same from closed forms.
+        estimate: of the bytes beside parameters, from closed forms; ``sent``: of the bytes to other devices.
         flops, bytes: operations, and traffic to memory, an even share of all devices'.
         collectives: bytes sent to other devices, by kind.
         seconds: roofline of one run, None without a data sheet; ``bound``: what holds it up.
@@ -151,6 +151,7 @@ class Program:
     temporaries: int = 0
     peak: int = 0
     estimate: int = 0
+    sent: int = 0
     flops: float = 0.0
     bytes: float = 0.0
     collectives: Mapping[str, int] = field(default_factory=dict)
@@ -255,10 +256,10 @@ def _counted(program: Program, counts: counting.Counts, target: Target) -> Progr
     return replace(program, flops=flops, bytes=moved, notes=counts.notes)
 
 
-def _timed(program: Program, target: Target, sent: int = 0) -> Program:
+def _timed(program: Program, target: Target) -> Program:
     if target.capacity is None:
         return program
-    sent = sum(program.collectives.values()) or sent
+    sent = sum(program.collectives.values()) if program.compiled else program.sent
     line = roofline(target.capacity, program.flops, program.bytes, sent)
     return replace(program, seconds=line.seconds, bound=line.bound)
 
@@ -275,6 +276,8 @@ class _Request:
     guided: bool
     dtype: str
     closed: estimate.Estimate
+    sizes: Mapping[str, int]
+    scheme: str
     compile_: bool
 
     @property
@@ -333,7 +336,10 @@ def _step(r: _Request, stage: Stage) -> Program:
     how = f"{velocity.layout.name}, {pe.describe(velocity.method)}, {velocity.backend} kernel"
     if r.place.mesh is not None:
         how += ", " + " x ".join(f"{n} {name}" for name, n in r.place.mesh.shape.items() if n > 1)
-    program = Program(stage.name, how, stage.steps, r.closed.transformer, estimate=r.closed.step)
+    height, width, _ = max(stage.latents.values(), key=math.prod) if several else stage.latents
+    factor = parts.vae_config.factor
+    closed = estimate.estimate(parts, factor * height, factor * width, rows=r.rows, sizes=r.sizes, scheme=r.scheme)
+    program = Program(stage.name, how, stage.steps, closed.transformer, estimate=closed.step, sent=closed.sent)
     with place.context():
         counts = counting.count(run, *arguments)
     program = _counted(program, counts, place.target)
@@ -457,14 +463,13 @@ def plan(
     method = request.positional if isinstance(positional, str) else positional
     sampler = pipe.sampler(request, method, layout)
     r = _Request(parts, place, pipe.grid(request.height, request.width), batch_size, negative_prompt, dtype, closed,
-                 compile)  # fmt: skip
+                 sizes, context, compile)  # fmt: skip
 
     programs = [_encode(r), *(_step(r, stage) for stage in sampler.stages()), _decode(r, closed.decode_how)]
     beside = {p.name: 0 if residency == "offload" else closed.resident - p.parameters for p in programs}
     if closed.decode_how == "sharded" and _over(programs[-1], beside["decode"], where):
         programs[-1] = _decode(r, "strips")
-    sent = {stage.name: closed.sent for stage in sampler.stages()}
-    programs = [_timed(program, where, sent.get(program.name, 0)) for program in programs]
+    programs = [_timed(program, where) for program in programs]
     report = _report(request, where, sizes, closed, programs, parts, batch_size, rows, residency, beside)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     report["host"] = {
@@ -570,12 +575,14 @@ def rank(reports: Sequence[dict], prices: Mapping[str, float] | None = None) -> 
 
 
 def place_here(
-    parts: Parts, height: int, width: int, *, batch: int = 1, rows: int = 1, joint: bool = True, residency: str = "all"
-) -> tuple[str | None, str | None]:
+    outline: Outline, build: Callable[[], Parts], height: int, width: int, *, batch: int = 1, rows: int = 1,
+    joint: bool = True, residency: str = "all",
+) -> tuple[str | None, str | None]:  # fmt: skip
     """The mesh for a picture on the devices that are here, and why it cannot be made; by closed forms alone.
 
     Args:
-        parts: of the model (`skeleton`); height, width: in pixels.
+        outline: of the model; build: its `skeleton`, which takes a second, asked for only where memory may be short.
+        height, width: in pixels.
         batch, rows, joint, residency: as of `estimate.choose`.
 
     Returns:
@@ -585,6 +592,11 @@ def place_here(
     """
     here = find_target("local")
     mesh, machine = None, here.platform == "cpu"
+    config = outline.transformer_config
+    weights = 2 * (36 * config.double_layers + 15 * config.single_layers) * config.width**2  # most of them, in bfloat16
+    if machine and 8 * weights < here.memory:
+        return None, None
+    parts = build()
     if machine:
         closed = estimate.estimate(parts, height, width, rows=rows)
         needed, kind = closed.resident, "this machine, which"

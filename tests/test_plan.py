@@ -65,7 +65,7 @@ def test_traffic_between_devices_is_the_closed_form(context, monkeypatch):
     monkeypatch.setattr(P, "_decode", lambda r, mode: P.Program("decode", "", 1, 0))
     report = P.plan("nano", size=(512, 512), mesh="context=2", context=context, dtype="float32")
     sent = sum(report["programs"][1]["collectives"].values())
-    assert sent == pytest.approx(report["closed_form"]["sent"], rel=0.2)
+    assert sent == pytest.approx(report["programs"][1]["sent"], rel=0.2)
 
 
 def test_without_the_compiler_closed_forms_remain(monkeypatch):
@@ -172,3 +172,28 @@ def test_compile_errors_are_read():
     ))  # fmt: skip
     assert (said, needed) == ("the compiler ran out of the device's memory", int(45.5 * 2**30))
     assert P._failure(RuntimeError("first line\nsecond")) == ("first line", 0)
+
+
+def flux_here(monkeypatch, **changes):
+    here = replace(P.find_target("local"), **changes)
+    monkeypatch.setattr(P, "find_target", lambda name: here)
+    dev = parts("flux-dev")
+    return P.place_here(dev, lambda: dev, 6144, 6144)
+
+
+def test_a_host_refuses_only_what_it_cannot_hold(monkeypatch):
+    mesh, refusal = flux_here(monkeypatch, memory=20 * 10**9)
+    assert mesh is None
+    assert "6144x6144 needs about 33.7 GB on this machine, which has 20.0 GB" in refusal
+    assert flux_here(monkeypatch, memory=40 * 10**9) == (None, None)
+    nano = parts("nano")
+    assert P.place_here(nano, lambda: pytest.fail("not needed"), 256, 256) == (None, None)
+
+
+def test_accelerators_get_a_mesh_or_a_refusal_with_what_fits(monkeypatch):
+    mesh, refusal = flux_here(monkeypatch, platform="tpu", count=8, memory=33 * 10**9)
+    assert mesh == "data=1,context=8,tensor=1"
+    assert refusal is None
+    mesh, refusal = flux_here(monkeypatch, platform="gpu", count=1, memory=40 * 10**9)
+    assert mesh is None
+    assert "what would fit: --residency offload" in refusal

@@ -149,7 +149,7 @@ def show_plan(report: dict) -> str:
             _gb(p["parameters"] + p["estimate"]),
             f"{p['flops'] / 1e15:.3g}",
             _gb(p["bytes"]),
-            _gb(sum(p["collectives"].values())),
+            _gb(sum(p["collectives"].values()) if p["compiled"] else p["sent"]),
             f"{_time(p['seconds'])} ({p['bound']})" if p["seconds"] is not None else "-",
             str(p["runs"]),
         ])  # fmt: skip
