@@ -181,7 +181,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|async_execution_thread_c
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _OPERATION = re.compile(r"(?:^|\s)([a-z][a-z0-9\-]*)\(")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
+_MESH_GROUPS = re.compile(r"replica_groups=@?mesh\w*\[([^\]]*)\] ?\{([^}]*)\}")
 _HLO: dict[str, str] = {
     "all-to-all": "all_to_all",
     "all-gather": "all_gather",
@@ -231,8 +233,7 @@ def hlo_collectives(text: str, devices: int) -> dict[str, int]:
                 inner = _CALLED.findall(line)
                 for names in _BRANCHES.findall(line):
                     inner += [part.strip().lstrip("%") for part in names.split(",")]
-                trips = _TRIPS.search(line)
-                times = int(trips[1]) if trips else 1
+                times = _times(line, bodies)
                 for other in inner:
                     total += Counter({kind: times * size for kind, size in visit(other).items()})
             known[name] = total
@@ -241,17 +242,34 @@ def hlo_collectives(text: str, devices: int) -> dict[str, int]:
     return dict(visit(entry)) if entry is not None else {}
 
 
+def _times(line: str, bodies: Mapping[str, list[str]]) -> int:
+    """How often an instruction runs what it calls: for a loop, what the compiler found, or what it counts up to."""
+    if trips := _TRIPS.search(line):
+        return int(trips[1])
+    condition = re.search(r"\bwhile\(.*condition=%?([\w.\-]+)", line)
+    if condition is None:
+        return 1
+    limits = _LIMIT.findall(" ".join(bodies.get(condition[1], ())))
+    return int(limits[0]) if len(limits) == 1 else 1
+
+
+def _group_size(line: str, devices: int) -> int:
+    """Devices that take part in a collective together."""
+    if named := _MESH_GROUPS.search(line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
+    groups = _GROUPS.search(line)
+    if groups is None:
+        return devices
+    return len(groups[1].split(",")) if groups[1] else int(groups[3]) if groups[3] else devices
+
+
 def _hlo_line(line: str, devices: int) -> Counter:
     operation = _OPERATION.search(line)
     kind = operation[1].removesuffix("-start") if operation else ""
     if kind not in _HLO:
         return Counter()
-    groups = _GROUPS.search(line)
-    n = devices
-    if groups and groups[1]:
-        n = len(groups[1].split(","))
-    elif groups and groups[3]:
-        n = int(groups[3])
+    n = _group_size(line, devices)
     if kind == "collective-permute":
         n = max(n, 2)
     shapes = _hlo_bytes(line[: operation.start()])

@@ -209,9 +209,20 @@ def test_asynchronous_and_nested_collectives_of_hlo():
   ROOT %p = pred[] constant(true)
 }
 
+%counts (c: (s32[], bf16[8,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  ROOT %p = pred[] compare(%i, %limit), direction=LT
+}
+
+%other (c: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %m = bf16[8,64]{1,0:T(8,128)} all-to-all(%x), replica_groups=mesh['data'=2,'context'=4] {'context'}, dimensions={0}
+  ROOT %t = (s32[], bf16[8,4]{1,0}) tuple(%x, %x)
+}
+
 ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
   %a = bf16[8,4]{1,0} parameter(0)
   %w = (s32[], bf16[8,4]) while(%a), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %v = (s32[], bf16[8,4]) while(%a), condition=%counts, body=%other
   %u = f32[16]{0} all-reduce(%a), replica_groups={{0,1},{2,3}}, to_apply=%condition
   ROOT %o = bf16[8,4]{1,0} get-tuple-element(%w), index=1
 }
@@ -219,5 +230,6 @@ ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
     assert counting.hlo_collectives(text, 8) == {
         "all-gather": 5 * 64 * 3,  # of 64 bytes among 4
         "collective-permute": 5 * 64,
+        "all-to-all": 7 * 1024 * 3 // 4,
         "all-reduce": 64,  # 2 (n - 1) / n of 64 bytes among 2
     }

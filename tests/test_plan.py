@@ -190,6 +190,16 @@ def test_a_host_refuses_only_what_it_cannot_hold(monkeypatch):
     assert P.place_here(nano, lambda: pytest.fail("not needed"), 256, 256) == (None, None)
 
 
+def test_generate_refuses_before_it_loads(monkeypatch, capsys, tmp_path):
+    def refuse(*_, **__):
+        return None, "64x64 needs about 1 GB on each device, which has none; what would fit: 2 x such devices"
+
+    monkeypatch.setattr(P, "place_here", refuse)
+    monkeypatch.setattr("sega_jax.pipeline.Pipeline.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert cli.main(["generate", "a red circle", "--size", "64", "--out", str(tmp_path / "out.png")]) == 2
+    assert "what would fit: 2 x such devices" in capsys.readouterr().err
+
+
 def test_accelerators_get_a_mesh_or_a_refusal_with_what_fits(monkeypatch):
     mesh, refusal = flux_here(monkeypatch, platform="tpu", count=8, memory=33 * 10**9)
     assert mesh == "data=1,context=8,tensor=1"

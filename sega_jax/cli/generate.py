@@ -70,7 +70,7 @@ class Generate(ModelOptions):
     """Shift of the noise schedule."""
     dtype: Annotated[Literal["float32", "bfloat16"] | None, option("DTYPE", "float32 on CPU, else bfloat16")] = None
     """Of parameters and activations: float32 or bfloat16."""
-    mesh: Annotated[str | None, option("auto|data=N,context=N,tensor=N", "one device")] = None
+    mesh: Annotated[str | None, option("auto|data=N,context=N,tensor=N", "all accelerators that are here")] = None
     """Devices to share the work: all of them, or so many along pictures, image tokens, and heads.  Changes pictures by
     rounding at most."""
     context: Annotated[Literal["auto", "ulysses", "ring", "product"], option("SCHEME", "auto")] = "auto"
@@ -239,9 +239,10 @@ class Generate(ModelOptions):
             from sega_jax.sampling.resume import Stopped
             from sega_jax.sharding.mesh import describe, resolve_mesh
 
-            mesh = resolve_mesh(self.mesh, batch=size)
+            chosen = self._place(new, outline, folder, other, run["dtype"], size) if new else None
+            mesh = resolve_mesh(self.mesh or chosen, batch=size)
             if mesh is not None:
-                say(f"mesh {describe(mesh)}")
+                say(f"mesh {describe(mesh)}" + ("; --mesh names another" if self.mesh is None else ""))
             compiling = self._compile_ahead(batches, model, other, run, mesh, hub)
             with Phase(f"loading {model}"):
                 pipe = Pipeline.from_pretrained(
@@ -274,6 +275,35 @@ class Generate(ModelOptions):
                 raise
             timings = {name: round(seconds, 3) for name, seconds in engine.timings.items()}
         return {"images": [_image_entry(job) for job in jobs], "timings": timings, "classes": classes}
+
+    def _place(
+        self, jobs: list, outline: Any, folder: Path, transformer: Path | None, dtype: str, size: int
+    ) -> str | None:
+        """The mesh for the accelerators that are here, where none is asked for.
+
+        Raises:
+            ValueError: the largest picture needs more memory than there is; says what would fit.
+        """
+        from sega_jax.plan import place_here
+        from sega_jax.skeleton import skeleton
+
+        if self.mesh is not None:
+            return None
+        plan = max((job.plan for job in jobs), key=lambda plan: plan.height * plan.width)
+        guided = any(job.plan.negative_prompt is not None for job in jobs)
+        mesh, refusal = place_here(
+            outline,
+            lambda: skeleton(folder, dtype, transformer=transformer),
+            plan.height,
+            plan.width,
+            batch=size,
+            rows=2 * size if guided else size,
+            joint=plan.layout == "dense",
+            residency=self.residency,
+        )
+        if refusal is not None:
+            raise ValueError(refusal)
+        return mesh
 
     def _compile_ahead(
         self, batches: list, model: str, transformer: Path | None, run: dict, mesh: Any, hub: dict
