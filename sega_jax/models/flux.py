@@ -303,7 +303,7 @@ class Flux(nnx.Module):
         backend: str = "auto",
         remat: bool = False,
         mesh: Mesh | None = None,
-        given: Mapping[str, KeysValues] | None = None,
+        given: Mapping[str, tuple[Pair, Pair]] | None = None,
     ) -> StreamArrays:
         """Velocity of every image stream.
 
@@ -363,7 +363,7 @@ class Flux(nnx.Module):
         *,
         remat: bool = False,
         mesh: Mesh | None = None,
-        given: Mapping[str, KeysValues] | None = None,
+        given: Mapping[str, tuple[Pair, Pair]] | None = None,
         keep: tuple[str, ...] = (),
     ) -> tuple[StreamArrays, StreamArrays, tuple[dict[str, Pair], dict[str, Pair]]]:
         """Embeddings and all blocks: the conditioning and last hidden state of every stream, and kept keys and values.

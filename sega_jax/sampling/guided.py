@@ -248,7 +248,7 @@ def small_stream(
         Other arguments as in `denoise.predict`.
 
     Returns:
-        `KeysValues` with the rows leading: [B or 2 B, layers, N, heads, head_dim].
+        The pairs of `KeysValues` with the rows leading: [B or 2 B, layers, N, heads, head_dim].
     """
     model = nnx.merge(graphdef, params)
     tokens, pooled = pack(low).astype(dtype), conditioning.pooled
@@ -267,7 +267,7 @@ def small_stream(
         streams=layout.streams(),
         backend=backend,
     )["low"]
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), made)
+    return tuple(jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), made))  # plain, so that a state can be saved
 
 
 # -- the sampler ---------------------------------------------------------------------------------------------------

@@ -272,7 +272,6 @@ def train(
     every: int = 100,
     report: Report = print,
     seconds: float | None = None,
-    place: Callable[[Any], Any] = lambda tree: tree,
 ) -> Adapters:
     """Train adapters, resuming from ``folder`` where it holds a run of this recipe.
 
@@ -286,7 +285,6 @@ def train(
         every: micro-batches between reports and checkpoints.
         report: receives one line of text at a time.
         seconds: stop after this time, at the next checkpoint.
-        place: puts a tree of arrays (state, batch) on the devices of a mesh.
     """
     graph, state = start(recipe, transformer)
     loss = guidance_loss(
@@ -296,13 +294,13 @@ def train(
     step = make_step(loss, recipe.transformation(), recipe.seed)
     checkpoints = Checkpoints(folder, recipe)
     try:
-        state = checkpoints.restore(place(state))
+        state = checkpoints.restore(state)
         if int(state.step):
             report(f"resumed at step {int(state.step)}")
         begun = last = time.perf_counter()
         history: list[dict[str, jax.Array]] = []
         for number in range(int(state.step), recipe.steps):
-            state, metrics = step(state, transformer.params, place(batches(number)))
+            state, metrics = step(state, transformer.params, batches(number))
             history.append(metrics)
             if (number + 1) % every and number + 1 != recipe.steps:
                 continue

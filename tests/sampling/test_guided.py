@@ -17,7 +17,7 @@ from sega_jax.models import adapters as A
 from sega_jax.models.abstract import initialize
 from sega_jax.models.flux import Flux, FluxConfig, pack
 from sega_jax.positional.rope import plain
-from sega_jax.sampling import guided
+from sega_jax.sampling import guided, resume
 from sega_jax.sampling.denoise import Conditioning, Velocity
 from sega_jax.sampling.guided import Guided, TwoStage
 from sega_jax.sampling.sampler import Noise
@@ -264,6 +264,7 @@ def test_run(changed, low):
         lambda x: guided.enlarge(x, (16, 16)),
     )  # fmt: skip
     assert sampler.steps == 6
+    assert [(s.steps, s.latents) for s in sampler.stages()] == [(4, (4, 4, 4)), (2, (16, 16, 4))]
     asked = conditioning()
     noise = Noise(3, (0,))
     state = sampler.start(noise, asked)
@@ -290,3 +291,13 @@ def test_small_stream_on_a_mesh(changed):
         rules.place(params, mesh), latents(16, 0), 0.5, conditioning(), content=content
     )
     np.testing.assert_allclose(to_host(got), expected, atol=1e-4)
+
+
+def test_states_of_both_stages_can_be_saved_and_read():
+    pair = (jnp.ones((1, 2, 3)), jnp.zeros((1, 2, 3)))
+    late = {"low": jnp.ones(3), "latents": jnp.ones(2), "cache": (pair, pair), "method": {"image": None}}
+    early = {"low": jnp.ones(3), "noise": jnp.ones(2), "method": {"image": None}}
+    leaves = {}
+    outline = resume._outline(late, leaves)
+    again = resume._filled(outline, {name: np.asarray(x) for name, x in leaves.items()}, early)
+    assert jax.tree.structure(again) == jax.tree.structure(late)
