@@ -172,7 +172,7 @@ def draw(layout: Layout, key: jax.Array, grid: Grid) -> Content:
 
 def _table(rope: Rope, ids: ArrayLike) -> Table:
     ids = jnp.asarray(ids)
-    ids = ids.reshape(*(1,) * (4 - ids.ndim), *ids.shape)  # [b, g, n, axes]
+    ids = ids[:, None] if ids.ndim == 3 else ids.reshape(*(1,) * (4 - ids.ndim), *ids.shape)  # [b, g, n, axes]
 
     def sample_and_head(x: jax.Array) -> jax.Array:  # [pairs] | [b, pairs] | [b, h, pairs] -> [b, h, pairs]
         if x.ndim > 3:
