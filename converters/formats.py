@@ -115,7 +115,7 @@ def _disguise(head: bytes) -> str | None:
     if re.match(rb"\x80[\x02-\x05][^\x00]", head, re.DOTALL):
         return f"a Python pickle. {_PICKLE_REMEDY}"
     if head.startswith(b"GGUF"):
-        return "a GGUF file, which is not supported; use the safetensors files of the model"
+        return "a GGUF file: `sega-jax convert` reads it (extra gguf), and `--transformer` takes it"
     return None
 
 

@@ -6,7 +6,9 @@ Black Forest Labs and ComfyUI, Orbax, GGUF) can be loaded.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 import jax
@@ -18,6 +20,8 @@ from jax.typing import DTypeLike
 from converters.components import Part
 from converters.cover import check_cover
 from converters.keymap import Dims, Row, Slot, Tensor, expand
+from converters.sources import bits
+from converters.stream import TILE, default_workers
 from sega_jax.models.abstract import build_abstract, parameters
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -74,8 +78,8 @@ def fill(
 ) -> Module:
     """A module filled from a checkpoint.
 
-    Tensors are read once each, in the order of the key map, and a parameter goes to its devices as soon as its
-    last slice has been read.
+    Tensors are read once each, in the order of the key map and on several threads, and a parameter goes to its devices
+    as soon as its last slice has been read.
 
     Args:
         build: makes the module from `nnx.Rngs` (only its shapes are used).
@@ -100,18 +104,47 @@ def fill(
     for path, param in params.items():
         if not left[path]:  # a stack without layers
             param.set_value(jnp.zeros(param.shape, kind))
-    for tensor in tensors:
+
+    def read(tensor: Tensor, targets: Sequence[np.ndarray]) -> None:
         pieces = tensor.pieces(source.view(tensor.source))
-        for slot, piece in zip(tensor.slots, pieces, strict=True):
-            param = params[slot.path]
-            if slot.path not in hosts:
-                hosts[slot.path] = np.empty(param.shape, kind)
+        for slot, piece, target in zip(tensor.slots, pieces, targets, strict=True):
             change = (changes or {}).get(slot)
-            hosts[slot.path][() if slot.index is None else slot.index] = piece if change is None else change(piece)
+            assign(target, piece if change is None else change(piece))
+
+    def finish(tensor: Tensor, reading: Future[None]) -> None:
+        reading.result()
+        for slot in tensor.slots:
             left[slot.path] -= 1
             if not left[slot.path]:
+                param = params[slot.path]
                 param.set_value(_put(hosts.pop(slot.path), shardings and shardings(slot.path, param)))
+
+    workers = default_workers()
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[tuple[Tensor, Future[None]]] = deque()
+        for tensor in tensors:
+            for slot in tensor.slots:
+                if slot.path not in hosts:
+                    hosts[slot.path] = np.empty(params[slot.path].shape, kind)
+            targets = [hosts[slot.path][... if slot.index is None else (slot.index, ...)] for slot in tensor.slots]
+            pending.append((tensor, pool.submit(read, tensor, targets)))
+            if len(pending) > workers:  # no further ahead, so that few parameters are on the host at a time
+                finish(*pending.popleft())
+        while pending:
+            finish(*pending.popleft())
     return module
+
+
+def assign(target: np.ndarray, values: np.ndarray) -> None:
+    """``target[...] = values``; transposed matrices tile by tile, which the memory likes several times better."""
+    if values.ndim != 2 or values.flags.c_contiguous or values.strides[0] >= values.strides[1]:
+        target[...] = values
+        return
+    if target.dtype == values.dtype:
+        target, values = bits(target), bits(values)
+    for i in range(0, values.shape[0], TILE):
+        for j in range(0, values.shape[1], TILE):
+            target[i : i + TILE, j : j + TILE] = values[i : i + TILE, j : j + TILE]
 
 
 def _put(host: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

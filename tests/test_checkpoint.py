@@ -9,7 +9,7 @@ from converters.cover import check_cover
 from converters.errors import CheckpointError, CoverageError
 from converters.keymap import Row, expand
 from converters.sources import ArraySource, renamed
-from sega_jax.checkpoint import load
+from sega_jax.checkpoint import assign, load
 from sega_jax.models.abstract import axes, parameters
 from sega_jax.models.layers import Linear, parameter, stack, zeros
 
@@ -86,6 +86,27 @@ def test_parameters_take_the_dtype_asked_for(tensors):
     model = load(Model, ROWS, DIMS, ArraySource(stored))
     assert model.head.kernel[...].dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(model.head.kernel[...]), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5), (300, 700), (513, 256), (1, 600), (0, 4)])
+def test_assignment_of_transposed_matrices(shape, kind):
+    values = np.random.default_rng(0).standard_normal(shape).astype(ml_dtypes.bfloat16)
+    for given in (values, values.T, values[::2, 1:].T, values.T[1:]):
+        target = np.full(given.shape, -1, kind)
+        assign(target, given)
+        np.testing.assert_array_equal(target, given.astype(kind))
+
+
+def test_an_unreadable_tensor_is_an_error(tensors):
+    class Broken(ArraySource):
+        def view(self, name):
+            if name == "layers.1.up.bias":
+                raise CheckpointError("torn")
+            return super().view(name)
+
+    with pytest.raises(CheckpointError, match="torn"):
+        load(Model, ROWS, DIMS, Broken(tensors))
 
 
 def test_parameters_go_where_their_sharding_says(tensors):
