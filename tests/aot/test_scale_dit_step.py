@@ -16,7 +16,7 @@ from sega_jax.models.abstract import build_abstract
 from sega_jax.models.flux import Flux, FluxConfig, KeysValues
 from sega_jax.sampling.denoise import Conditioning, predict
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.slow]
 
 PARAMETER_BYTES = 2 * 11_901_408_320
 
