@@ -320,6 +320,8 @@ def _step(r: _Request, stage: Stage) -> Program:
         scalar if r.guided else None,
     )
     velocity = replace(stage.velocity, mesh=place.mesh)
+    if not place.target.devices:  # only counted, which is the same for every kernel; ours want their device
+        velocity = replace(velocity, backend="xla")
     method = jax.tree.map(lambda x: place.array(jnp.shape(x), jnp.result_type(x)), pe.traceable(velocity.method))
     state = jax.eval_shape(velocity.initial_state, latents, conditioning)
     state = jax.tree.map(lambda x: place.array(x.shape, x.dtype), state)
@@ -333,7 +335,7 @@ def _step(r: _Request, stage: Stage) -> Program:
         traced = replace(velocity, method=method)
         return traced.advance(params, latents, sigma, conditioning, step, state, content)
 
-    how = f"{velocity.layout.name}, {pe.describe(velocity.method)}, {velocity.backend} kernel"
+    how = f"{velocity.layout.name}, {pe.describe(velocity.method)}, {stage.velocity.backend} kernel"
     if r.place.mesh is not None:
         how += ", " + " x ".join(f"{n} {name}" for name, n in r.place.mesh.shape.items() if n > 1)
     height, width, _ = max(stage.latents.values(), key=math.prod) if several else stage.latents
