@@ -189,6 +189,8 @@ def plan(
     layout = get_layout(layout)
     if isinstance(layout, Neighborhood) and rungs is None and strength is None and max(grid.stretch) > 1:
         rungs = ladders.default(grid)
+    if isinstance(layout, Neighborhood) and layout.jitter and rungs is None:
+        raise ValueError(f"layout={layout.name!r}: jitter is drawn by the sizes of a ladder, or leave it out")
     if rungs is not None:
         if isinstance(layout, guided.Guided) or any(str(r.layout).startswith(guided.NAME) for r in rungs):
             raise ValueError("ladder: layout scale-dit is a run of two sizes itself; give --size alone")
