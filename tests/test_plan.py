@@ -46,6 +46,7 @@ def test_nano_on_one_device_is_what_a_run_compiles(monkeypatch):
     assert report["peak"] <= report["resident"] + max(p["peak"] for p in report["programs"])
 
 
+@pytest.mark.slow
 def test_a_mesh_shares_parameters_and_sends():
     report = P.plan("nano", size=(128, 128), steps=2, mesh="context=4,tensor=2")
     encode, step, decode = report["programs"]
@@ -57,6 +58,7 @@ def test_a_mesh_shares_parameters_and_sends():
     assert step["compiled"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["ulysses", "ring"])
 def test_traffic_between_devices_is_the_closed_form(context, monkeypatch):
     here = P.find_target("local")
