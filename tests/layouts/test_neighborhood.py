@@ -277,6 +277,7 @@ def test_eight_devices_give_what_one_gives(layout, offsets):
         np.testing.assert_allclose(np.asarray(together[name]), np.asarray(alone[name]), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_block_map_path_holds_no_copy_per_window():
     """Windows with four times the keys take no more memory, where gathered windows would take all of it."""
     grid = RopeSpec(dims=(4, 6, 6), trained=(32, 32)).grid(96, 96, 16)
