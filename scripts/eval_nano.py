@@ -1,17 +1,19 @@
 """Measure nano: ``python scripts/eval_nano.py benchmarks/nano-quality.json --scales 1 2 4 --count 64``.
 
 Rows that the file already holds are kept.  ``--page FILE`` writes the table into the page, between its marks;
-``--sheet FILE`` draws one prompt under several methods at 1x, 2x and 4x.
+``--sheet FILE`` draws one prompt under several methods at 1x, 2x and 4x; ``--curve JSON PNG`` draws a loss curve.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 
 import sega_jax as sj
-from sega_jax.evaluation import compare
+from sega_jax.evaluation import compare, curve
+from sega_jax.images import Image
 
 SHOWN = ("none", "ntk", "yarn", "dype-yarn", "sega")
 
@@ -30,8 +32,17 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="PNG to draw")
     parser.add_argument("--prompt", default="a red circle with stripes in the centre, white background")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--curve", type=Path, nargs=2, metavar=("JSON", "PNG"), help="losses by step, and their picture"
+    )
     arguments = parser.parse_args()
 
+    if arguments.curve is not None:
+        source, target = arguments.curve
+        losses = json.loads(source.read_text())
+        Image(curve.draw(losses["step"], losses["loss"])).save(target)
+    if arguments.table is None and arguments.sheet is None:
+        return
     pipe = sj.Pipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
     native = pipe.parts.rope.trained[0] * pipe.parts.rope.pixels_per_token
     if arguments.table is not None:
@@ -53,7 +64,7 @@ def main() -> None:
         picture = compare.sheet(
             pipe, arguments.prompt, sides, SHOWN, seed=arguments.seed, steps=arguments.steps, shown=native
         )
-        sj.Image(picture).save(arguments.sheet)
+        Image(picture).save(arguments.sheet)
 
 
 if __name__ == "__main__":

@@ -692,10 +692,10 @@ def test_dry_run_plans_without_weights(run, monkeypatch):
     assert code == 0
     assert "1024x512: positional pi() (auto), mu 1.15 (clamp), 20 steps" in out
     assert "source: nano model card (20 steps); beyond the trained grid: PI" in out
-    assert "64 x 32 tokens, 4 x 2 of the trained sides" in out
+    assert "64 x 32 tokens, 5.33333 x 2.66667 of the trained sides" in out
     plan = json.loads(run(*words, "--json", "--mu", "native")[1])["plans"][0]
     assert plan["record"]["mu"] == "native"
-    assert plan["mu_value"] == pytest.approx(0.5 + 0.65 * (2048 - 64) / (256 - 64))
+    assert plan["mu_value"] == pytest.approx(0.5 + 0.65 * (2048 - 64) / (144 - 64))
     assert files() == []
 
 

@@ -6,6 +6,7 @@ its values per picture; `summarize` makes means, paired differences and bootstra
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -73,10 +74,14 @@ def truth(count: int, side: int, seed: int) -> tuple[list[Scene], np.ndarray]:
     return scenes, np.stack([render.render(scene, side, side, rng) for scene in scenes])
 
 
-def distances(pictures: np.ndarray, side: int, repeats: int = 8) -> dict[str, float]:
+@functools.cache
+def _truth_features(count: int, side: int, repeats: int) -> tuple[np.ndarray, ...]:
+    return tuple(metrics.features(truth(count, side, seed)[1]) for seed in range(1, repeats + 2))
+
+
+def distances(pictures: np.ndarray, side: int, repeats: int = 4) -> dict[str, float]:
     """Fréchet distance to truth of the same scenes, and truth against truth at the same size (mean of ``repeats``)."""
-    count = len(pictures)
-    references = [metrics.features(truth(count, side, seed)[1]) for seed in range(1, repeats + 2)]
+    references = _truth_features(len(pictures), side, repeats)
     made = metrics.features(pictures)
     own = np.mean([metrics.frechet(references[0], other) for other in references[1:]])
     distance = np.mean([metrics.frechet(made, other) for other in references])

@@ -51,6 +51,8 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -
 class Linear(nnx.Module):
     """``y = x @ kernel + bias`` over the last axis."""
 
+    product: Callable[[jax.Array, jax.Array], jax.Array] = staticmethod(jnp.matmul)  # training has one of its own
+
     def __init__(
         self,
         inputs: int,
@@ -66,14 +68,14 @@ class Linear(nnx.Module):
         self.bias = parameter(rngs, zeros, (outputs,), (axes[1],), dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype))
+        y = self.product(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + _along_last(self.bias, y)
 
     def of_parts(self, *parts: jax.Array) -> jax.Array:
         """The layer of its input cut along the last axis, as a sum of products: the parts are not joined."""
         ends = np.cumsum([x.shape[-1] for x in parts])
         kernels = jnp.split(self.kernel[...], ends[:-1], axis=0)
-        products = [jnp.matmul(x, kernel.astype(x.dtype)) for x, kernel in zip(parts, kernels, strict=True)]
+        products = [self.product(x, kernel.astype(x.dtype)) for x, kernel in zip(parts, kernels, strict=True)]
         y = functools.reduce(jnp.add, products)
         return y if self.bias is None else y + _along_last(self.bias, y)
 

@@ -105,6 +105,8 @@ def _texture(dark: np.ndarray, mask: np.ndarray) -> str | None:
     f = np.abs(np.fft.fftfreq(size)) * render.PERIOD
     base, zero = np.abs(f - 1) < _TOLERANCE, f < _TOLERANCE
     total = power.sum()
+    if not total:  # all ink dark: no pattern
+        return None
     down = power[np.ix_(base, zero)].sum() / total
     across = power[np.ix_(zero, base)].sum() / total
     diagonal = power[np.ix_(base, base)].sum() / total

@@ -11,7 +11,7 @@ from sega_jax.models.t5 import T5Config, T5Encoder
 from sega_jax.models.vae import Vae, VaeConfig
 from sega_jax.nano.vocabulary import CLIP_LENGTH, T5_LENGTH, clip_tables, t5_pieces
 
-TRAINED = (16, 16)  # tokens per side; 256 x 256 pixels
+TRAINED = (12, 12)  # tokens per side; 192 x 192 pixels
 PIXELS_PER_TOKEN = 16
 
 VAE = VaeConfig(
@@ -24,8 +24,8 @@ VAE = VaeConfig(
 TRANSFORMER = FluxConfig(
     in_channels=64,
     double_layers=1,
-    single_layers=3,
-    heads=2,
+    single_layers=5,
+    heads=1,
     head_dim=128,
     text_dim=128,
     pooled_dim=128,
@@ -41,9 +41,9 @@ CLIP = ClipConfig(
     max_position_embeddings=CLIP_LENGTH,
     eos_token_id=clip_tables()[0]["<|endoftext|>"],
 )
-# The scheduler's anchors (tokens, mu).  nano's native 256 tokens play the part of FLUX.1's native 4,096: both have
-# mu 1.15, and a quarter of the tokens here has what 256 tokens have there.
-SHIFT_ANCHORS = ((64, 0.5), (256, 1.15))
+# The scheduler's anchors (tokens, mu).  nano's native 144 tokens play the part of FLUX.1's native 4,096: both have
+# mu 1.15.
+SHIFT_ANCHORS = ((64, 0.5), (TRAINED[0] * TRAINED[1], 1.15))
 
 
 def shift_mu(tokens: int) -> float:

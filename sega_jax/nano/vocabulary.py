@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from sega_jax.nano import grammar
 
-T5_LENGTH = 32
+T5_LENGTH = 16  # the longest caption has 13
 CLIP_LENGTH = 77
 
 _SPACE = "▁"

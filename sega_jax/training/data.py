@@ -20,7 +20,7 @@ from sega_jax.nano import model as nano
 from sega_jax.training.flow_matching import Batch, calls_for
 
 CLIP_TRAIN_LENGTH = 24  # no caption is longer, and causality hides the rest from the pooled vector
-CAPTION_DROP = 0.1
+CAPTION_DROP = 0.05
 _CHUNK = 32
 
 
@@ -40,9 +40,8 @@ class Bucket:
 BUCKETS = (
     Bucket(8, 8, 6000),
     Bucket(12, 12, 3000),
-    Bucket(16, 16, 3000),
-    Bucket(12, 20, 800),
-    Bucket(20, 12, 800),
+    Bucket(9, 12, 640),
+    Bucket(12, 9, 640),
 )
 
 

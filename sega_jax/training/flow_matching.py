@@ -13,12 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import nnx
 
 from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.streams import Call, bind
 from sega_jax.nano import model as nano
 from sega_jax.positional.rope import plain
+from sega_jax.training import mixed
 from sega_jax.training.loop import Loss
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
@@ -51,7 +53,7 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: normalised packed latents, f32 [B, N, C].
-        clip_ids: i32 [B, up to 77]; t5_ids: i32 [B, 32].
+        clip_ids: i32 [B, up to 77]; t5_ids: i32 [B, T].
         mu: schedule shift of the token count, f32 scalar.
         calls: bound attention calls of the grid.
     """
@@ -75,7 +77,8 @@ def predict(modules: Mapping[str, nnx.Module], batch: Batch, noisy: jax.Array, s
     _, pooled = modules["text_encoder"](batch.clip_ids)
     text = modules["text_encoder_2"](batch.t5_ids)
     inputs = {"text": text, "image": noisy}
-    return modules["transformer"](inputs, sigma, pooled, None, batch.calls)["image"]
+    velocity = modules["transformer"](inputs, sigma, pooled, None, batch.calls, backend=mixed.BACKEND, unroll=True)
+    return velocity["image"]
 
 
 def generator_loss(graphs: Mapping[str, nnx.GraphDef]) -> Loss:
@@ -101,13 +104,34 @@ def split(modules: Mapping[str, nnx.Module]) -> tuple[dict[str, nnx.GraphDef], d
     return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
 
 
-def adamw(schedule: optax.Schedule, *, weight_decay: float = 0.01) -> optax.GradientTransformation:
-    """AdamW with gradients clipped to norm 1; weight decay on matrices only."""
+def _hidden_kernels(params):
+    """Muon's matrices: kernels between hidden layers, stacked ones included; not what reads or writes data."""
 
-    def matrices(params):
-        return jax.tree.map(lambda p: p.ndim >= 2, params)
+    def dimensions(path, param):
+        name = jax.tree_util.keystr(path)
+        outer = param.ndim == 2 and ("_embed'" in name or "'out'" in name)
+        return (
+            optax.contrib.MuonDimensionNumbers(param.ndim - 2, param.ndim - 1)
+            if "'kernel'" in name and not outer
+            else None
+        )
 
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def muon(rate: optax.Schedule, adam_rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon for the kernels of hidden layers, Adam for the rest; gradients clipped to norm 1.
+
+    Updates are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982), so that ``rate`` compares with its rates.
+    """
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=weight_decay, mask=matrices),
+        optax.contrib.muon(
+            rate,
+            consistent_rms=0.2,
+            weight_decay=0.01,
+            adam_b2=0.99,
+            adam_learning_rate=adam_rate,
+            muon_weight_dimension_numbers=_hidden_kernels,
+        ),
     )

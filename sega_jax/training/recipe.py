@@ -19,7 +19,7 @@ from sega_jax.models.tokenize import load_clip_tokenizer, load_t5_tokenizer
 from sega_jax.models.vae import Vae, VaeConfig
 from sega_jax.nano import grammar, render, vocabulary
 from sega_jax.nano import model as nano
-from sega_jax.training import autoencoder, data, flow_matching, loop
+from sega_jax.training import autoencoder, data, flow_matching, loop, mixed
 from sega_jax.training.data import Bucket, Phase
 
 Report = Callable[[str], None]
@@ -32,7 +32,8 @@ class Recipe:
     Attributes:
         seed: of initialisation, data and noise.
         vae_stages: (steps, batch, side of the crops in pixels).
-        vae_rate, rate: peak learning rates of the autoencoder and of the generator.
+        vae_rate: peak learning rate of the autoencoder.
+        rate, adam_rate: peak learning rates of the generator, of the hidden kernels (Muon) and of the rest (Adam).
         kl_weight: of the autoencoder's KL term.
         buckets: pictures to encode.
         phases: what the generator sees, in order.
@@ -47,14 +48,13 @@ class Recipe:
     kl_weight: float = 1e-4
     buckets: tuple[Bucket, ...] = data.BUCKETS
     phases: tuple[Phase, ...] = (
-        Phase(3000, 16, (("8x8", 1.0),)),
-        Phase(300, 16, (("8x8", 0.3), ("12x12", 0.7))),
-        Phase(800, 16, (("16x16", 0.6), ("12x20", 0.1), ("20x12", 0.1), ("12x12", 0.1), ("8x8", 0.1))),
-        Phase(1500, 16, (("16x16", 1.0),)),
+        Phase(3200, 32, (("8x8", 1.0),)),
+        Phase(2200, 32, (("12x12", 0.72), ("9x12", 0.1), ("12x9", 0.1), ("8x8", 0.08))),
     )
-    rate: float = 1e-3
+    rate: float = 2.5e-3
+    adam_rate: float = 1.5e-3
     warmup: int = 100
-    decay: float = 0.25
+    decay: float = 0.12
     ema_decay: float = 0.998
     measured: int = 24
 
@@ -118,13 +118,17 @@ def initial_generator(seed: int) -> tuple[dict[str, nnx.GraphDef], dict[str, nnx
     """Transformer and text encoders before training, as graph definitions and parameters."""
     with nnx.use_eager_sharding(False):
         modules = nnx.jit(lambda key: nano.build_generator(nnx.Rngs(key)))(jax.random.key(seed))
+    mixed.prepare(modules.values())
     return flow_matching.split(modules)
 
 
 def train_generator(
-    recipe: Recipe, folder: Path, report: Report = print, seconds: float | None = None
+    recipe: Recipe, folder: Path, report: Report = print, seconds: float | None = None, every: int = 100
 ) -> dict[str, nnx.Module]:
-    """Transformer and text encoders (moving average), by pipeline folder name; resumes from ``folder``."""
+    """Transformer and text encoders (moving average), by pipeline folder name; resumes from ``folder``.
+
+    The state is saved and the loss reported every ``every`` steps; ``seconds`` ends the run early.
+    """
     vocabulary.write_clip(folder / "tokenizer")
     vocabulary.write_t5(folder / "tokenizer_2")
     batch, total = data.batches(
@@ -135,8 +139,11 @@ def train_generator(
         seed=recipe.seed,
     )
     graphs, params = initial_generator(recipe.seed)
-    rate = loop.warmup_stable_decay(recipe.rate, warmup=recipe.warmup, total=total, decay=int(total * recipe.decay))
-    optimizer = flow_matching.adamw(rate)
+    rate, adam_rate = (
+        loop.warmup_stable_decay(peak, warmup=recipe.warmup, total=total, decay=int(total * recipe.decay))
+        for peak in (recipe.rate, recipe.adam_rate)
+    )
+    optimizer = flow_matching.muon(rate, adam_rate)
     step = loop.make_step(flow_matching.generator_loss(graphs), optimizer, seed=recipe.seed, ema_decay=recipe.ema_decay)
     state = loop.fit(
         loop.create(params, optimizer),
@@ -144,7 +151,7 @@ def train_generator(
         batch,
         total,
         checkpoint=folder / "generator.safetensors",
-        every=100,
+        every=every,
         report=report,
         seconds=seconds,
     )

@@ -68,3 +68,10 @@ def test_noise_is_nothing():
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3)).astype(np.uint8)
     scene = next(grammar.scenes())
     assert not check.read(noise).correct(scene)
+
+
+def test_an_object_of_the_dark_shade_alone_has_no_texture():
+    image = render.render(Scene("square", "red", "plain", "centre", "white"), 128, 128)
+    red = (image == render.OBJECT_RGB["red"]).all(-1)
+    image[red] = np.rint(np.asarray(render.OBJECT_RGB["red"]) * 0.35)
+    assert check.read(image).texture is None

@@ -66,4 +66,4 @@ def test_size_and_dtype(folder):
 def test_scheduler_gives_native_pictures_the_shift_of_flux(folder):
     config = json.loads((folder[0] / "scheduler" / "scheduler_config.json").read_text())
     assert config["max_image_seq_len"] == nano.TRAINED[0] * nano.TRAINED[1]
-    assert config["max_shift"] == nano.shift_mu(256) == 1.15
+    assert config["max_shift"] == nano.shift_mu(144) == 1.15
