@@ -592,7 +592,7 @@ def test_bad_arguments_fail_before_anything_loads(run, monkeypatch, words, messa
 def test_no_verb(run):
     assert run()[::2] == (
         2,
-        "sega-jax: error: Expected one of {generate, decode, convert, inspect, methods, doctor}. "
+        "sega-jax: error: Expected one of {generate, decode, convert, inspect, plan, methods, bench, doctor}. "
         "(see sega-jax --help)\n",
     )
 
