@@ -10,7 +10,7 @@ from sega_jax.sampling.schedule import MuPolicy
 
 # Published without restrictions; DyPE states "patent pending", SEGA's licence is unclear.
 AUTO_ABOVE_NATIVE = "yarn"
-NANO_ABOVE_NATIVE = "pi"  # with 16 trained tokens per side YaRN repeats nano's object, PI keeps it whole
+NANO_ABOVE_NATIVE = "pi"  # the only method that keeps nano's object whole at twice the side (docs/nano.md)
 
 
 @dataclass(frozen=True)

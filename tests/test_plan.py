@@ -48,10 +48,10 @@ def test_nano_on_one_device_is_what_a_run_compiles(monkeypatch):
 
 @pytest.mark.slow
 def test_a_mesh_shares_parameters_and_sends():
-    report = P.plan("nano", size=(128, 128), steps=2, mesh="context=4,tensor=2")
+    report = P.plan("nano", size=(128, 128), steps=2, mesh="context=8,tensor=1")
     encode, step, decode = report["programs"]
-    assert report["mesh"] == {"data": 1, "context": 4, "tensor": 2}
-    assert step["collectives"]["all-to-all"] > 0
+    assert report["mesh"] == {"data": 1, "context": 8, "tensor": 1}
+    assert step["collectives"]["collective-permute"] > 0  # one head: a ring
     assert step["parameters"] < parameter_bytes(parts("nano").transformer) / 4
     assert decode["how"].startswith("exact, rows over all devices")
     assert encode["compiled"]
@@ -59,7 +59,7 @@ def test_a_mesh_shares_parameters_and_sends():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", ["ulysses", "ring"])
+@pytest.mark.parametrize("context", ["ring"])  # nano has one head, too few for ulysses
 def test_traffic_between_devices_is_the_closed_form(context, monkeypatch):
     here = P.find_target("local")
     monkeypatch.setattr(P, "find_target", lambda name: replace(here, count=2, devices=here.devices[:2]))

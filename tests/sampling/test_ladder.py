@@ -226,16 +226,16 @@ def test_a_plan_is_filled_in_and_repeats_itself(pipe):
     assert (first.layout, second.layout, third.layout) == ("dense", "dense", "scalediff(window=(8, 16))")
     assert (first.start, second.start, third.start) == (None, 8, 10)
     assert second.positional.endswith("sega_magnitude()")
-    assert third.positional == "none()"
+    assert third.positional == "pi()"  # 16 tokens of a window, 12 trained
     again = pipe.plan("a", layout="scalediff", ladder=plan.record(0)["ladder"])
     assert again.ladder == plan.ladder
     assert plan.evaluations() == 20 + 12 + 10
     assert plan.evaluations(from_picture=True) == 12 + 10
     doubled = pipe.plan("a", layout="scalediff", width=1024, height=1024).ladder
-    assert [rung.width for rung in doubled] == [256, 512, 1024]
+    assert [rung.width for rung in doubled] == [128, 256, 512, 1024]
     assert [rung.width for rung in ladders.default(RopeSpec().grid(384, 384))] == [1024, 3072, 6144]
     # above the trained grid the window stays trained
-    assert pipe.plan("a", layout="scalediff", ladder="512,1024").ladder[1].layout == "scalediff"
+    assert pipe.plan("a", layout="scalediff", ladder="384,768").ladder[1].layout == "scalediff"
 
 
 @pytest.mark.parametrize(
