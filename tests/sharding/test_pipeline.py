@@ -44,5 +44,5 @@ def test_crpa_on_a_mesh():
     )
     np.testing.assert_allclose(pipe.generate(PROMPT, **options).latents, expected.latents, atol=1e-4, rtol=0)
     wide = sj.Pipeline.from_pretrained("nano", dtype="float32", mesh="context=4")
-    with pytest.raises(ValueError, match="1 heads? per tensor shard cannot occupy 4 context devices; put the other"):
+    with pytest.raises(ValueError, match=r"1 heads? per tensor shard cannot occupy 4 context devices; put the other"):
         wide.generate(PROMPT, **options)
