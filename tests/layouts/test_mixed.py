@@ -285,6 +285,23 @@ def weights_of(words, **options):
     return np.concatenate(rows)
 
 
+def test_a_region_per_sample():
+    """A batch with regions of its own equals its samples one by one, bands and all."""
+    masks = np.zeros((2, 4, 4), bool)
+    masks[0, :2, :2] = True
+    masks[1, 2:, 1:3] = True
+    grid = SPEC.grid(8, 8, 2)
+    layout, content, _ = layout_of([masks], (8, 8), pads=(2, 1))
+    streams = random_streams(layout.tokens, 2)
+    valid = [np.asarray(content.index[level]) < (64, 16)[level] for level in (0, 1)]
+    valid = np.concatenate(valid, axis=1)
+    together = np.asarray(run(layout, content, grid, streams)["image"])
+    for row in range(2):
+        own = jax.tree.map(lambda x, row=row: x[row : row + 1], (content, streams))
+        alone = np.asarray(run(layout, own[0], grid, own[1])["image"])
+        np.testing.assert_allclose(together[row][valid[row]], alone[0][valid[row]], atol=1e-6)
+
+
 def test_weights_of_the_tiny_grid():  # T8, T9 through the layout itself, and the baselines' rows
     expected = table(T8)
     ours = weights_of(0)

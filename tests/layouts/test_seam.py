@@ -243,6 +243,24 @@ def test_padding_and_ragged_keys():
     np.testing.assert_array_equal(out[1], 0)
 
 
+def test_positions_per_sample():
+    """f32 [b, n, axes] are positions of samples, not of groups: as each sample alone, under ropes of its own too."""
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.standard_normal((2, 5, 1, 4)), jnp.float32)
+    ids = rng.integers(0, 9, (2, 5, 2)).astype(np.float32)
+    for frequency in (jnp.ones(1), jnp.asarray([[1.0], [0.5]])):
+        out = []
+        for rows in (slice(None), slice(0, 1), slice(1, 2)):
+            own = frequency[rows] if frequency.ndim > 1 else frequency
+            rope = Rope((own, jnp.ones(1)), (jnp.ones(1), jnp.ones(1)))
+            tokens = (Tokens("image", ("any", "image"), ids[rows]),)
+            calls = bind((Call((KeySet(tokens, tokens),), ("scatter",)),), {"any": {"image": rope}})
+            streams = {"image": x[rows]}
+            out.append(np.asarray(attend(streams, streams, streams, calls)["image"]))
+        np.testing.assert_allclose(out[0], np.concatenate(out[1:]), atol=1e-6)
+        assert np.abs(out[1] - out[2]).max() > 1e-2
+
+
 def test_per_sample_and_per_head_ropes():
     """Frequencies per sample and magnitudes per head reach the logits as the square of the magnitude."""
     rng = np.random.default_rng(2)

@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import sega_jax as sj
+from sega_jax import positional as pe
 from sega_jax.geometry import RopeSpec
+from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.mixed import arrange, core, level_name, present, up
 from sega_jax.layouts.regions import parse_regions
-from sega_jax.models.flux import FluxConfig
+from sega_jax.models.abstract import initialize
+from sega_jax.models.flux import Flux, FluxConfig
 from sega_jax.planning import get_layout
-from sega_jax.sampling.denoise import predict
+from sega_jax.sampling.denoise import Conditioning, Velocity, predict
 from sega_jax.sampling.regions import (
     RESIZERS,
     CoarseMixedFine,
@@ -32,6 +36,8 @@ from sega_jax.sampling.regions import (
     step_flops,
 )
 from sega_jax.sampling.sampler import Noise, Sampler
+from sega_jax.sharding import mesh as M
+from sega_jax.sharding import rules
 
 PROMPT = "a red circle with stripes in the centre, blue background"
 SPEC = RopeSpec(dims=(4, 6, 6), theta=100.0, trained=(8, 8))
@@ -354,6 +360,36 @@ def test_one_compilation_per_stage_for_regions_of_one_budget(pipe):  # T17
     assert np.abs(first.latents - second.latents).max() > 1e-3
 
 
+def test_a_batch_with_guidance_and_a_region_per_picture(pipe):
+    masks = np.zeros((2, 4, 4), bool)
+    masks[0, :2, :2] = True
+    masks[1, 2:, 1:3] = True
+    one = pipe.encode([PROMPT], negative_prompt="a green square", true_guidance=2.0)
+    both = Conditioning(
+        *(jnp.concatenate([x, x]) for x in (one.text, one.pooled)),
+        one.guidance,
+        tuple(jnp.concatenate([x, x]) for x in one.negative),
+        one.true_guidance,
+    )
+
+    def sample(masks, conditioning, indices):
+        sampler = CoarseMixedFine.of(
+            pipe.velocity("sega"),
+            np.array([1.0, 0.5], np.float32),
+            (16, 16, 16),
+            Crpa(coarse=1.0, fine=0.0),
+            (masks,),
+        )
+        state = sampler.start(Noise(5, indices), conditioning)
+        return np.asarray(sampler.latents(sampler.step(pipe.params, state, conditioning, 0)))
+
+    together = sample(masks, both, (0, 1))
+    for row in range(2):
+        alone = sample(masks[row : row + 1], one, (row,))
+        np.testing.assert_allclose(together[row], alone[0], atol=1e-4)
+    assert np.abs(together - sample(masks[::-1], both, (0, 1))).max() > 1e-3
+
+
 def test_automatic_regions(pipe):
     result = made(pipe, layout="crpa(fine=0)", regions="auto:0.25")
     assert (result.levels == 0).sum() == 16
@@ -367,6 +403,17 @@ def test_automatic_regions(pipe):
         pipe.velocity("none", "crpa")
 
 
+def test_three_levels_and_a_start_from_a_picture(pipe):
+    """The corner is fine, a margin of one coarse cell around it middling, the rest coarse."""
+    options = {"layout": "crpa(levels=3, fine=0)", "regions": "box:0,0,32,32", "width": 192, "height": 192}
+    result = made(pipe, init_image=np.zeros((192, 192, 3), np.float32), strength=0.5, **options)
+    expected = np.full((12, 12), 2)
+    expected[:8, :8] = 1
+    expected[:2, :2] = 0
+    np.testing.assert_array_equal(result.levels[0], expected)
+    assert np.isfinite(result.latents).all()
+
+
 def test_the_arrangement_is_traced(pipe):
     """Regions of a batch cross `jit` as arrays."""
     layout = Crpa().expected(parse_regions("auto:0.25"), SPEC.grid(16, 16))
@@ -374,3 +421,35 @@ def test_the_arrangement_is_traced(pipe):
     assert shapes.index[0].shape == (3, layout.capacity[0])
     assert replace(layout, text="coarse") != layout
     assert step_flops(FluxConfig.dev(), 4096, 512, 4608**2) > 5e13
+
+
+def test_eight_devices_make_the_same_picture():
+    config = FluxConfig(
+        in_channels=16, double_layers=1, single_layers=1, heads=4, head_dim=12, text_dim=8, pooled_dim=8,
+        rope_dims=(4, 4, 4),
+    )  # fmt: skip
+    graphdef, params = nnx.split(initialize(lambda rngs: Flux(config, rngs=rngs)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), params)
+    spec = config.rope_spec((4, 4))
+    velocity = Velocity(
+        graphdef, pe.get("sega"), Dense(), lambda h, w, text: spec.grid(h // 2, w // 2, text), "float32"
+    )
+    conditioning = Conditioning(normal(2, 5, 8), normal(2, 8, seed=1), jnp.float32(3.5))
+    masks = np.zeros((2, 4, 4), bool)
+    masks[0, :2, 1:3] = True
+    masks[1, 1:3, 2:] = True
+
+    def run(velocity, params):
+        options = Crpa(coarse=0.9, fine=0.6)
+        sigmas = np.array([1.0, 0.9, 0.7, 0.5, 0.0], np.float32)
+        sampler = CoarseMixedFine.of(velocity, sigmas, (16, 16, 4), options, (masks,))
+        assert [sampler.stage(i) for i in range(4)] == ["coarse", "mixed", "mixed", "fine"]
+        state = sampler.start(Noise(0, (0, 1)), conditioning)
+        for index in range(sampler.steps):
+            state = sampler.step(params, state, conditioning, index)
+        return M.to_host(sampler.latents(state))
+
+    mesh = M.make_mesh(data=2, context=2, tensor=2)
+    got = run(replace(velocity, mesh=mesh), rules.place(params, mesh))
+    np.testing.assert_allclose(got, run(velocity, params), atol=1e-4, rtol=0)
