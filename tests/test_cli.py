@@ -326,7 +326,8 @@ def test_embeddings(run, make, model, pipe):
     save_file({"text": np.asarray(made.text)[..., :-1], "pooled": np.asarray(made.pooled)}, "bad.safetensors")
     code, _, err = run("generate", "--embeddings", "bad.safetensors", "--model", model)
     assert code == 1
-    assert "bad.safetensors: text has shape [1, 32, 127]; this model needs ['rows', 'tokens', 128]" in err
+    tokens = made.text.shape[1]
+    assert f"bad.safetensors: text has shape [1, {tokens}, 127]; this model needs ['rows', 'tokens', 128]" in err
 
 
 OWN_METHOD = """

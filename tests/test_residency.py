@@ -20,7 +20,7 @@ def on_device(known=()):
     return sum(x.nbytes for x in live if not x.is_deleted())
 
 
-@pytest.mark.parametrize("mesh", [None, {"context": 2, "tensor": 2}])
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "context": 2}])
 def test_offload(mesh):
     options = {"dtype": "float32", "mesh": mesh and make_mesh(jax.devices()[:4], **mesh)}
     pipe = sj.Pipeline.from_pretrained("nano", residency="offload", **options)

@@ -257,7 +257,8 @@ def start(recipe: Recipe, transformer: Component) -> tuple[nnx.GraphDef, TrainSt
     adapters = lowrank.create(module, recipe.rank, jax.random.key(recipe.seed), TARGETS[recipe.targets])
     graph, params = nnx.split(adapters)
     with jax.numpy_dtype_promotion("standard"):
-        optimizer = recipe.transformation().init(params)
+        # Prodigy keeps the adapters it started from; a donated state may hold no array twice
+        optimizer = jax.tree.map(jnp.copy, recipe.transformation().init(params))
     return graph, TrainState(jnp.zeros((), jnp.int32), params, optimizer)
 
 

@@ -101,11 +101,14 @@ def test_run_falls_freezes_resumes_and_exports(transformer, samples, tmp_path):
     log = tmp_path / "killed" / "log.jsonl"
     assert len(log.read_text().splitlines()) == 1
     resumed = train(recipe, transformer, samples, tmp_path / "killed")
+    still = set()
     for name, layer in whole.layers().items():
         other = resumed.layers()[name]
         np.testing.assert_array_equal(layer.a[...], other.a[...])
         np.testing.assert_array_equal(layer.b[...], other.b[...])
-        assert np.abs(layer.b[...]).max() > 0
+        if np.abs(layer.b[...]).max() == 0:
+            still.add(name)
+    assert still == {"single.mlp_in", "single.out"}  # nobody reads what the last block makes of the small stream
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == [2, 4, 6, 8, 10, 12]
 
