@@ -416,7 +416,7 @@ def test_cudnn_gives_shapes_and_dtypes_of_the_contract(monkeypatch):
 def test_device_kernels_refuse_elsewhere_and_say_why():
     x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
     report = explain(Request(x, x, x, 1.0)).splitlines()
-    assert report == [
+    expected = [
         "cudnn: refused, it runs on NVIDIA GPUs, the default device is cpu",
         "splash: refused, it runs on TPU, the default device is cpu",
         "hopper: refused, it runs on Hopper GPUs, the default device is cpu",
@@ -427,6 +427,7 @@ def test_device_kernels_refuse_elsewhere_and_say_why():
         if tokamax._installed()
         else "tokamax: refused, tokamax is not installed (extra `kernels`, Python >= 3.12)",
     ]
+    assert report[: len(expected)] == expected  # after them, what others registered in this process
     with pytest.raises(ValueError, match=r"head sizes \(64, 128\), got 96 for q"):
         tpu.run(Request(jnp.zeros((1, 8, 1, 96)), jnp.zeros((1, 8, 1, 96)), jnp.zeros((1, 8, 1, 64)), 1.0))
 

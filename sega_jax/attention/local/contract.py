@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,8 +69,8 @@ def accumulator(dtype) -> np.dtype:
     return np.promote_types(dtype, np.float32)  # not jnp's: strict promotion refuses float32 with 16 bits
 
 
-def device() -> jax.Device:
-    """The device that kernels are chosen for: `jax.default_device`, else JAX's first.
+def device() -> Any:
+    """The `jax.Device` that kernels are chosen for: `jax.default_device`, else JAX's first.
 
     Compiling ahead of time, ``with jax.default_device(topologies.devices("v6e:2x4")[0])`` makes ``auto`` choose for
     that device.
