@@ -208,6 +208,7 @@ def test_a_limit_of_the_system_met_by_orbax_itself(tmp_path):
     np.testing.assert_array_equal(run(Checkpoint(folder, 2, resume=True), sampler=sampler), run(sampler=sampler))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves its other writes behind
 def test_a_full_file_system(tmp_path):
     """A tmpfs of 64 kB, where this user may mount one."""
     folder = tmp_path / "small"
