@@ -48,6 +48,7 @@ def test_a_step_at_1024_fits_one_v5p():
         conditioning,
         on_device((), jnp.int32),
         None,
+        None,
         graphdef=graphdef,
         layout=Dense(),
         grid=grid,
