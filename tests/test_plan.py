@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from sega_jax import cli, estimate, topologies
+from sega_jax import cli, estimate, programs, targets, topologies
 from sega_jax import plan as P
 from sega_jax.roofline import roofline
 from sega_jax.skeleton import parameter_bytes, skeleton
@@ -27,7 +27,7 @@ def test_presets_have_the_published_sizes():
 
 
 def test_nano_on_one_device_is_what_a_run_compiles(monkeypatch):
-    here = P.find_target("local")
+    here = targets.find_target("local")
     monkeypatch.setattr(P, "find_target", lambda name: replace(here, count=1, devices=here.devices[:1]))
     report = P.plan("nano", size=(128, 64), steps=3, negative_prompt=True)
     assert set(report) >= KEYS
@@ -61,10 +61,10 @@ def test_a_mesh_shares_parameters_and_sends():
 @pytest.mark.slow
 @pytest.mark.parametrize("context", ["ring"])  # nano has one head, too few for ulysses
 def test_traffic_between_devices_is_the_closed_form(context, monkeypatch):
-    here = P.find_target("local")
+    here = targets.find_target("local")
     monkeypatch.setattr(P, "find_target", lambda name: replace(here, count=2, devices=here.devices[:2]))
-    monkeypatch.setattr(P, "_encode", lambda r: P.Program("encode", "", 1, 0))
-    monkeypatch.setattr(P, "_decode", lambda r, mode: P.Program("decode", "", 1, 0))
+    monkeypatch.setattr(programs, "encode", lambda r: programs.Program("encode", "", 1, 0))
+    monkeypatch.setattr(programs, "decode", lambda r, mode: programs.Program("decode", "", 1, 0))
     report = P.plan("nano", size=(512, 512), mesh="context=2", context=context, dtype="float32")
     sent = sum(report["programs"][1]["collectives"].values())
     assert sent == pytest.approx(report["programs"][1]["sent"], rel=0.2)
@@ -158,8 +158,8 @@ def test_command_line(tmp_path, capsys):
     prices.write_text('{"v6e": 2.7, "h100": 3.0, "h200:1": 4.0}')
     arguments = ["plan", "--size", "512", "--compile", "no"]
     assert cli.main([*arguments, "--all-targets", "--usd", str(prices), "--json"]) == 0
-    targets = json.loads(capsys.readouterr().out)["targets"]
-    assert {report["target"] for report in targets} == set(P.ALL_TARGETS)
+    reports = json.loads(capsys.readouterr().out)["targets"]
+    assert {report["target"] for report in reports} == set(targets.ALL_TARGETS)
     assert cli.main([*arguments, "--target", "h200:1"]) == 0
     text = capsys.readouterr().out
     assert "h200:1: 1 device(s)" in text
@@ -169,15 +169,15 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_compile_errors_are_read():
-    said, needed = P._failure(jax.errors.JaxRuntimeError(
+    said, needed = programs._failure(jax.errors.JaxRuntimeError(
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 45.50G of 31.25G hbm. Exceeded by 14G."
     ))  # fmt: skip
     assert (said, needed) == ("the compiler ran out of the device's memory", int(45.5 * 2**30))
-    assert P._failure(RuntimeError("first line\nsecond")) == ("first line", 0)
+    assert programs._failure(RuntimeError("first line\nsecond")) == ("first line", 0)
 
 
 def flux_here(monkeypatch, **changes):
-    here = replace(P.find_target("local"), **changes)
+    here = replace(targets.find_target("local"), **changes)
     monkeypatch.setattr(P, "find_target", lambda name: here)
     dev = parts("flux-dev")
     return P.place_here(dev, lambda: dev, 6144, 6144)

@@ -63,7 +63,8 @@ class Plan(ModelOptions):
         if self.usd is not None and not self.all_targets:
             raise ValueError("--usd ranks targets by cost; give --all-targets too")
         from sega_jax.cli.requests import parse_size
-        from sega_jax.plan import ALL_TARGETS, plan, rank
+        from sega_jax.plan import plan, rank
+        from sega_jax.targets import ALL_TARGETS
 
         prices = None if self.usd is None else _prices(self.usd)
         options: dict[str, Any] = {
