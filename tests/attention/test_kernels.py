@@ -315,9 +315,11 @@ def test_tpu_kernel_in_the_simulator(dtype, traced):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("highest", [0.98 * tpu.LIMIT, 1.02 * tpu.LIMIT])
-def test_tpu_kernel_at_the_bound_of_its_fixed_maximum(highest, dtype):
-    """Logits from -highest to highest, one query that sees only the least: no underflow, no overflow, on both sides."""
+@pytest.mark.parametrize("kernel", [tpu, xla])
+@pytest.mark.parametrize("factor", [0.98, 1.02])
+def test_weights_without_a_running_maximum(kernel, factor, dtype):
+    """Logits around the bound, one query that sees only the least: no underflow, no overflow, on both sides."""
+    highest = factor * kernel.LIMIT
     rng = np.random.default_rng(11)
     direction = rng.standard_normal(64)
     direction *= np.sqrt(highest) / np.linalg.norm(direction)
@@ -328,8 +330,13 @@ def test_tpu_kernel_at_the_bound_of_its_fixed_maximum(highest, dtype):
     mask = np.ones((4, 48), bool)
     mask[3] = np.arange(48) == 1
     request = Request(*x, 1.0, None, from_mask(mask, 4, 16))
-    assert tpu._bounded(*x[:2], 1.0, 1).tolist() == [[int(highest <= tpu.LIMIT)]]
-    check(*compiled(partial(tpu.run, interpret=True), request), request, mask[None, None])
+    if kernel is tpu:
+        assert tpu._bounded(*x[:2], 1.0, 1).tolist() == [[int(factor < 1)]]
+        run = partial(tpu.run, interpret=True)
+    else:
+        assert bool(xla._bounded(x[0][0, :, 0], x[1][0, :, 0], 1.0)) == (factor < 1)
+        run = xla.run
+    check(*compiled(run, request), request, mask[None, None])
 
 
 def test_an_unknown_length_takes_the_exact_softmax():

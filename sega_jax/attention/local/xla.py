@@ -11,6 +11,8 @@ What makes it fast on a CPU, each measured against PyTorch's kernel on the same 
   length one, over whose removal XLA would compute the weights twice;
 * 16-bit arrays are sliced and updated as integers: XLA's CPU compiler otherwise widens the *whole* array to
   float32 around every slice of it;
+* where Cauchy-Schwarz bounds the logits of a head, as normalised queries and keys do in practice, its weights need
+  no running maximum: one pass over the scores less, and nothing to rescale;
 * bfloat16 weights come from a cubic, as accurate as they can hold.
 """
 
@@ -23,12 +25,17 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sega_jax.attention.local.contract import Kernel, Refusal, Request, Tile, accumulator, platform
 from sega_jax.attention.local.tiles import tuned
 from sega_jax.layouts.blocks import BlockMap
 
 ALIGN = 128
+LOG2_E = 1 / math.log(2.0)
+ROUNDING = 1.5 * 2.0**23  # a float32 plus this ends in its nearest integer
+ROUNDING_BITS = int(np.float32(ROUNDING).view(np.int32))
+LIMIT = 60.0  # largest logit whose weights need no maximum: sums of 1e6 of them stay below float32's e^88
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Plan:
         separate: one (sample, head) at a time instead of all of them in one batched product.
         scores: number of scores in flight.
         keys: longest key chunk of a dense call.
-        fetch: keys fetched together under a block map.
+        fetch: most keys fetched together under a block map.
         cubic: bfloat16 weights by `_cubic_exponential` instead of XLA's exponential.
     """
 
@@ -50,7 +57,8 @@ class Plan:
     cubic: bool
 
 
-CPU = Plan(separate=True, scores=512 * 4_096, keys=4_096, fetch=1_024, cubic=True)
+CPU = Plan(separate=True, scores=1_024 * 4_096, keys=8_192, fetch=2_048, cubic=True)
+CPU_WIDE = replace(CPU, scores=2_048 * 4_096)  # float32, whose products gain more from long chunks than they lose
 OTHER = Plan(separate=False, scores=16 * 1024 * 1024, keys=4_096, fetch=1_024, cubic=False)
 
 
@@ -67,21 +75,41 @@ def _float(raw: jax.Array, dtype) -> jax.Array:
     return raw if raw.dtype == dtype else jax.lax.bitcast_convert_type(raw, dtype)
 
 
-def _cubic_exponential(x: jax.Array) -> jax.Array:
-    """``exp(x)`` in bfloat16 for float32 ``x <= 0``, rounded from 8e-5; zero below the smallest normal number."""
-    x = x * (1 / math.log(2.0))
-    whole = jnp.round(x)
-    part = x - whole  # 2^part on [-1/2, 1/2], least relative error
+def _cubic_power(x: jax.Array) -> jax.Array:
+    """``2^x`` in bfloat16 for float32 x in (-126, 127), rounded from 8e-5."""
+    # rounded by the bits of a sum: as floats XLA would simplify (x + ROUNDING) - ROUNDING to x
+    whole = jax.lax.bitcast_convert_type(x + ROUNDING, jnp.int32) - ROUNDING_BITS
+    part = x - whole.astype(jnp.float32)  # 2^part on [-1/2, 1/2], least relative error
     value = ((0.05517165765 * part + 0.2426111213) * part + 0.6932609876) * part + 0.9999280736
-    bits = jax.lax.bitcast_convert_type(value, jnp.int32) + (whole.astype(jnp.int32) << 23)
-    bits = jnp.where(x >= -126.0, bits + 0x8000, 0) >> 16
-    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
+    bits = jax.lax.bitcast_convert_type(value, jnp.int32) + (whole << 23)
+    return jax.lax.bitcast_convert_type(((bits + 0x8000) >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _weights(scores: jax.Array, shift: jax.Array, scale: float, dtype, plan: Plan) -> jax.Array:
     """``exp(scale * (scores - shift))`` in ``dtype``; scores [q, k], shift [q], not below the scores."""
     below = (scores - shift[:, None]) * scale
-    return _cubic_exponential(below) if plan.cubic and dtype == jnp.bfloat16 else jnp.exp(below).astype(dtype)
+    if not (plan.cubic and dtype == jnp.bfloat16):
+        return jnp.exp(below).astype(dtype)
+    power = below * LOG2_E
+    return jnp.where(power > -126.0, _cubic_power(power), jnp.zeros((), dtype))
+
+
+def _bounded_weights(scores: jax.Array, mask: jax.Array | None, scale: float, dtype, plan: Plan) -> jax.Array:
+    """``exp(scale * scores)`` in ``dtype``, zero outside the mask; no ``scale * score`` is above `LIMIT`."""
+    if plan.cubic and dtype == jnp.bfloat16:
+        weights = _cubic_power(scores * (scale * LOG2_E))
+    else:
+        weights = jnp.exp(scores * scale).astype(dtype)
+    return weights if mask is None else jnp.where(mask, weights, jnp.zeros((), dtype))
+
+
+def _bounded(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
+    """Whether no logit of queries [Nq, D] and keys [Nk, D] can exceed `LIMIT` (a NaN says no)."""
+
+    def longest(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.square(x.astype(accumulator(x.dtype))).sum(-1).max())
+
+    return scale * longest(q) * longest(k) <= LIMIT
 
 
 @dataclass(frozen=True)
@@ -146,8 +174,17 @@ def _dense_visits(queries: int, keys: int, planes: int, plan: Plan) -> _Visits:
     return _Visits(chunk_q, chunks, lambda i: jnp.minimum(i * chunk_q, queries - chunk_q), count, take, add, mask)
 
 
+def _together(blocks: BlockMap, plan: Plan) -> int:
+    """Blocks fetched together: as many as make the rows' visits cheapest, a step costing two blocks by itself."""
+    most = max(1, plan.fetch // blocks.block_k)
+    if isinstance(blocks.count, jax.core.Tracer):
+        return most
+    counts = np.asarray(blocks.count)
+    return min(range(most, 0, -1), key=lambda n: (-(-counts // n)).sum() * (n + 2))
+
+
 def _sparse_visits(blocks: BlockMap, keys: int, plan: Plan) -> _Visits:
-    """Several visited blocks are fetched together; of ``keys``, those that pad the last block are never seen."""
+    """``plan.fetch`` keys are fetched together; of ``keys``, those that pad the last block are never seen."""
     rows, width = blocks.columns.shape
     side = blocks.block_k
     group = max(1, min(width, plan.fetch // side))
@@ -203,6 +240,14 @@ def _chunk(raw: jax.Array, start, size: int, dtype) -> jax.Array:
 
 def _forward_plane(q, k, v, length, visits: _Visits, scale: float, plan: Plan):
     """One sample and head: q [Nq, D], k [Nk, D], v [Nk, Dv], length i32 or None -> (out, lse [Nq])."""
+    sweep = partial(_sweep, q, k, v, length, visits, scale, plan)
+    if not plan.separate:  # batched over planes a branch would compute both sides
+        return sweep(bounded=False)
+    return jax.lax.cond(_bounded(q, k, scale), partial(sweep, bounded=True), partial(sweep, bounded=False))
+
+
+def _sweep(q, k, v, length, visits: _Visits, scale: float, plan: Plan, *, bounded: bool):
+    """`_forward_plane` with weights relative to a running maximum, or, ``bounded``, as they are."""
     dtype, wide = q.dtype, accumulator(q.dtype)
     size, width = visits.chunk_q, v.shape[-1]
     raw_q = _raw(q)
@@ -210,18 +255,28 @@ def _forward_plane(q, k, v, length, visits: _Visits, scale: float, plan: Plan):
     def chunk(i, results):
         q_chunk = _chunk(raw_q, visits.start(i), size, dtype)
 
+        def attended(weights, j):
+            return _product(weights, visits.take(v, i, j), (1, 0), wide), weights.astype(wide).sum(-1)
+
+        def bounded_step(j, state):
+            acc, total, maximum = state
+            scores = _product(q_chunk, visits.take(k, i, j), (1, 1), wide)
+            update, mass = attended(_bounded_weights(scores, visits.mask(i, j, length), scale, dtype, plan), j)
+            return acc + update, total + mass, maximum
+
         def step(j, state):
-            acc, maximum, total = state
+            acc, total, maximum = state
             scores = _scores(q_chunk, visits.take(k, i, j), visits.mask(i, j, length), wide)
             highest = jnp.maximum(maximum, scores.max(-1))
             shift = jnp.where(jnp.isneginf(highest), 0.0, highest)
-            weights = _weights(scores, shift, scale, dtype, plan)
             keep = jnp.exp((maximum - shift) * scale)
-            update = _product(weights, visits.take(v, i, j), (1, 0), wide)
-            return acc * keep[:, None] + update, highest, total * keep + weights.astype(wide).sum(-1)
+            update, mass = attended(_weights(scores, shift, scale, dtype, plan), j)
+            return acc * keep[:, None] + update, total * keep + mass, highest
 
-        state = jnp.zeros((size, width), wide), jnp.full((size,), -jnp.inf, wide), jnp.zeros((size,), wide)
-        acc, maximum, total = jax.lax.fori_loop(0, visits.steps(i, length), step, state)
+        start = jnp.full((size,), 0.0 if bounded else -jnp.inf, wide)
+        state = jnp.zeros((size, width), wide), jnp.zeros((size,), wide), start
+        steps = visits.steps(i, length)
+        acc, total, maximum = jax.lax.fori_loop(0, steps, bounded_step if bounded else step, state)
         empty = total == 0
         safe = jnp.where(empty, 1.0, total)
         out = _raw((acc / safe[:, None]).astype(dtype))
@@ -291,7 +346,8 @@ def _over_planes(plane: Callable, arrays: tuple[jax.Array, ...], length: jax.Arr
             _float(jax.lax.dynamic_slice(x, (b, 0, h, *(0,) * (x.ndim - 3)), (1, x.shape[1], 1, *x.shape[3:])), a.dtype)
             for x, a in zip(raw, arrays, strict=True)
         ]
-        parts = [x.reshape(x.shape[1], *x.shape[3:]) for x in parts]
+        # the barrier keeps the bound on the logits from slicing q and k a second time
+        parts = jax.lax.optimization_barrier([x.reshape(x.shape[1], *x.shape[3:]) for x in parts])
         return plane(*parts, None if length is None else length[b])
 
     shapes = jax.eval_shape(one, 0)
@@ -336,8 +392,10 @@ def _attention_backward(scale, true_keys, plan, residuals, cotangents):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _plan() -> Plan:
-    return CPU if platform() == "cpu" else OTHER
+def _plan(dtype) -> Plan:
+    if platform() != "cpu":
+        return OTHER
+    return CPU if jnp.dtype(dtype).itemsize == 2 else CPU_WIDE
 
 
 def _padded(x: jax.Array, multiple: int) -> jax.Array:
@@ -354,7 +412,7 @@ def backward(request: Request, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.A
         k, v = _padded(k, blocks.block_k), _padded(v, blocks.block_k)
     q, out, lse, d_out, d_lse = asked
     residuals = (q, k, v, request.kv_length, blocks, out, lse)
-    dq, dk, dv, *_ = _attention_backward(request.scale, keys, _plan(), residuals, (d_out, d_lse))
+    dq, dk, dv, *_ = _attention_backward(request.scale, keys, _plan(q.dtype), residuals, (d_out, d_lse))
     return dq[:, :queries], dk[:, :keys], dv[:, :keys]
 
 
@@ -386,16 +444,17 @@ def with_backward(forward: Callable) -> Callable:
 
 def tilings(request: Request) -> tuple[Tile, ...]:
     """Chunks of a dense request where planes are treated separately; elsewhere there is one way."""
-    del request
-    if not _plan().separate:
+    plan = _plan(request.q.dtype)
+    if not plan.separate:
         return ()
-    return tuple((scores // keys, keys) for scores in (CPU.scores, CPU.scores // 4) for keys in (4_096, 2_048, 1_024))
+    sizes = [(scores, keys) for scores in (plan.scores, plan.scores // 4) for keys in (plan.keys, 4_096, 2_048)]
+    return tuple((scores // keys, keys) for scores, keys in sizes)
 
 
 def run(request: Request, plan: Plan | None = None, tile: Tile | None = None) -> tuple[jax.Array, jax.Array]:
     """Serve a request; the plan defaults to the one for the default device, with the measured chunks if there are."""
     if plan is None:
-        plan = _plan()
+        plan = _plan(request.q.dtype)
         tile = tile or (tuned("xla", request) if plan.separate else None)
     if tile is not None:
         plan = replace(plan, scores=tile[0] * tile[1], keys=tile[1])
@@ -404,6 +463,8 @@ def run(request: Request, plan: Plan | None = None, tile: Tile | None = None) ->
         q, scale = (q.astype(accumulator(q.dtype)) * scale).astype(q.dtype), 1.0
     queries, keys = q.shape[1], k.shape[1]
     if blocks is not None:
+        # chosen here: inside a differentiable function even a constant map is traced
+        plan = replace(plan, fetch=_together(blocks, plan) * blocks.block_k)
         q = _padded(q, blocks.block_q)
         k, v = _padded(k, blocks.block_k), _padded(v, blocks.block_k)
     out, lse = _attention(q, k, v, request.kv_length, blocks, scale, keys, plan)
