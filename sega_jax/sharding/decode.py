@@ -13,6 +13,8 @@ convolution as the zero row that the plain one has below the picture.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -47,28 +49,32 @@ class Rows(Protocol):
         ``residual``, through ``shortcut`` where there is one, is added; ``x`` is not needed any more then.
         """
 
+    def resnets(self, x: Any, blocks: Sequence[ResnetBlock]) -> Any:
+        """``blocks`` one after the other; ``x`` is not needed any more."""
+
     def attention(self, x: Any, block: SpatialAttention) -> Any:
         """``block(x)``; ``x`` is not needed any more."""
 
 
+def resnet(rows: Rows, x: Any, block: ResnetBlock) -> Any:
+    """``block(x)``; ``x`` is not needed any more."""
+    y = rows.conv(x, block.conv1, norm=block.norm1)
+    return rows.conv(y, block.conv2, norm=block.norm2, residual=x, shortcut=block.shortcut)
+
+
 def decode_by_rows(rows: Rows, vae: Vae, latents: Any) -> Any:
     """`Vae.decode` without its last norm and convolution; ``latents`` and the result are as ``rows`` has them."""
-
-    def resnet(block: ResnetBlock, x: Any) -> Any:
-        y = rows.conv(x, block.conv1, norm=block.norm1)
-        return rows.conv(y, block.conv2, norm=block.norm2, residual=x, shortcut=block.shortcut)
-
     decoder = vae.decoder
     x = latents if vae.post_quant_conv is None else rows.conv(latents, vae.post_quant_conv)
-    x = resnet(decoder.middle.before, rows.conv(x, decoder.conv_in))
+    x = rows.resnets(rows.conv(x, decoder.conv_in), [decoder.middle.before])
     if decoder.middle.attention is not None:
         x = rows.attention(x, decoder.middle.attention)
-    x = resnet(decoder.middle.after, x)
-    for block in decoder.up:
-        for layer in block.resnets:
-            x = resnet(layer, x)
-        if block.upsample is not None:
-            x = rows.conv(x, block.upsample, doubled=True)
+    blocks = [decoder.middle.after]
+    for up in decoder.up:
+        x = rows.resnets(x, [*blocks, *up.resnets])
+        blocks = []
+        if up.upsample is not None:
+            x = rows.conv(x, up.upsample, doubled=True)
     return x
 
 
@@ -108,6 +114,10 @@ def check_latents(vae: Vae, latents: jax.Array | np.ndarray) -> None:
     channels = vae.config.latent_channels
     if latents.ndim != 4 or latents.shape[-1] != channels or 0 in latents.shape:
         raise ValueError(f"decode: got latents {latents.shape}; expected [B, h, w, {channels}], none of them zero")
+
+
+def _stack(modules: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *modules)
 
 
 # -- over a mesh -------------------------------------------------------------------------------------------------------
@@ -169,6 +179,28 @@ class _Slabs:
         if residual is not None:
             y = y + (residual.rows if shortcut is None else shortcut(residual.rows))
         return _Slab(y, x.height * (2 if doubled else 1))
+
+    def resnets(self, x: _Slab, blocks: Sequence[ResnetBlock]) -> _Slab:
+        """Blocks without a shortcut are two equal halves each, so a run of them is one convolution in two loops.
+
+        A TPU's compiler takes about eight seconds for every convolution that it sees.
+        """
+        for change, run in itertools.groupby(blocks, lambda block: block.shortcut is not None):
+            if change:
+                for block in run:
+                    x = resnet(self, x, block)
+                continue
+            halves = [_stack([(b.norm1, b.conv1), (b.norm2, b.conv2)]) for b in run]
+
+            def half(rows: jax.Array, layer: Any, height: int = x.height) -> tuple[jax.Array, None]:
+                norm, conv = layer
+                return self.conv(_Slab(rows, height), conv, norm=norm).rows, None
+
+            def block(rows: jax.Array, layers: Any) -> tuple[jax.Array, None]:
+                return jax.lax.scan(half, rows, layers)[0] + rows, None
+
+            x = dataclasses.replace(x, rows=jax.lax.scan(block, x.rows, _stack(halves))[0])
+        return x
 
     def attention(self, x: _Slab, block: SpatialAttention) -> _Slab:
         batch, rows, width, channels = x.rows.shape

@@ -10,7 +10,7 @@ host memory by the two largest activations.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,8 @@ from jax.typing import DTypeLike
 from sega_jax.attention.local import Request, choose
 from sega_jax.attention.merge import merge
 from sega_jax.models.layers import Conv, GroupNorm
-from sega_jax.models.vae import SpatialAttention, Vae
-from sega_jax.sharding.decode import check_latents, convolve, decode_by_rows, halo, prepare, visible
+from sega_jax.models.vae import ResnetBlock, SpatialAttention, Vae
+from sega_jax.sharding.decode import check_latents, convolve, decode_by_rows, halo, prepare, resnet, visible
 
 POSITIONS = 2**18  # pixels of a strip by default: 42 rows of 6144
 
@@ -202,6 +202,11 @@ class _Strips:
             self._write(result, first, rows)
             moments.append(moment)
         return _Field(result, tuple(moments))
+
+    def resnets(self, x: _Field, blocks: Sequence[ResnetBlock]) -> _Field:
+        for block in blocks:
+            x = resnet(self, x, block)
+        return x
 
     def attention(self, x: _Field, block: SpatialAttention) -> _Field:
         batch, height, width, channels = x.array.shape
