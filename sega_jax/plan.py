@@ -42,6 +42,8 @@ def plan(
     target: str = "local",
     positional: str | pe.Method = "auto",
     layout: str | Layout = "dense",
+    regions: Any = None,
+    ladder: str | None = None,
     steps: int | None = None,
     batch_size: int = 1,
     negative_prompt: bool = False,
@@ -60,7 +62,7 @@ def plan(
         model: see `sega_jax.skeleton.skeleton`; no weights are needed.
         size: (width, height) in pixels; default the trained size.
         target: ``"local"``, or one of `sega_jax.topologies.devices`.
-        positional, layout, steps, batch_size: as of `Pipeline.generate`.
+        positional, layout, regions, ladder, steps, batch_size: as of `Pipeline.generate`.
         negative_prompt: whether there is one (true classifier-free guidance: two rows per picture).
         mesh: sizes such as ``"context=4,tensor=2"``; default the one with least traffic that fits.
         context: scheme by which attention meets the context axis, as of `Pipeline`; with a mesh that has one.
@@ -84,7 +86,7 @@ def plan(
     width, height = (None, None) if size is None else size
     request = planning.plan(
         parts, "", width=width, height=height, steps=steps, positional=positional, layout=layout,
-        num_images=batch_size, negative_prompt="" if negative_prompt else None,
+        regions=regions, ladder=ladder, num_images=batch_size, negative_prompt="" if negative_prompt else None,
     )  # fmt: skip
     rows = batch_size * (2 if negative_prompt else 1)
     sizes, closed = _mesh_sizes(mesh, parts, request, where, batch_size, rows, residency, context)
@@ -92,7 +94,7 @@ def plan(
     place = programs.Place(where, _make_mesh(where, sizes))
     pipe = Pipeline(parts, os.fspath(model), dtype, kernel if context == "auto" else f"{context}+{kernel}")
     method = request.positional if isinstance(positional, str) else positional
-    sampler = pipe.sampler(request, method, layout)
+    sampler = pipe.sampler(request, method, layout, regions=regions)
     grid = pipe.grid(request.height, request.width)
     r = programs.Picture(parts, place, grid, batch_size, negative_prompt, dtype, closed, sizes, context, compile)
 
@@ -103,11 +105,11 @@ def plan(
         listed[-1] = programs.decode(r, "strips")
     listed = [programs.timed(program, where) for program in listed]
     report = _report(request, where, sizes, closed, listed, parts, batch_size, rows, residency, beside)
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]  # assemblers too
     report["host"] = {
         "seconds": round(time.perf_counter() - begun, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_bytes": usage.ru_maxrss * 1024,
+        "cpu_seconds": round(sum(usage.ru_utime + usage.ru_stime for usage in usages), 1),
+        "peak_bytes": max(usage.ru_maxrss for usage in usages) * 1024,
     }
     return {"model": os.fspath(model), "dtype": dtype, "kernel": kernel, **report}
 
@@ -161,6 +163,7 @@ def _report(request, where, sizes, closed, listed, parts, batch, rows, residency
         "size": [request.width, request.height],
         "positional": request.positional,
         "layout": request.layout,
+        "regions": request.regions,
         "steps": request.steps,
         "batch_size": batch,
         "target": where.name,

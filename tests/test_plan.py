@@ -84,6 +84,31 @@ def test_without_the_compiler_closed_forms_remain(monkeypatch):
     assert report["seconds"] > 28 * step["seconds"]
 
 
+@pytest.mark.parametrize(
+    ("options", "stages"),
+    [
+        ({"layout": "crpa", "regions": "center:0.3"}, ["coarse", "mixed", "fine"]),
+        ({"layout": "scalediff", "ladder": "192,384,768"}, ["size 1", "size 2", "size 3"]),
+        ({"layout": "scale-dit"}, ["small picture", "windows"]),
+        ({"positional": "sega"}, ["denoise"]),
+    ],
+)
+def test_stages_of_a_layout_are_reported_one_by_one(options, stages):
+    whole = P.plan("nano", size=(768, 768), target="h200:1", compile=False)["programs"][1]
+    report = P.plan("nano", size=(768, 768), target="h200:1", compile=False, **options)
+    listed = report["programs"][1:-1]
+    assert [program["name"] for program in listed] == stages
+    assert report["regions"] == options.get("regions")
+    flops = [program["flops"] for program in listed]
+    if len(stages) > 1:
+        assert flops == sorted(flops)
+        cheap = listed[1] if "crpa" in report["layout"] else listed[-1]
+        assert cheap["flops"] < 0.8 * whole["flops"]  # what the layout is for
+    else:
+        assert flops == pytest.approx([whole["flops"]], rel=0.01)
+    assert report["seconds"] == pytest.approx(sum(p["runs"] * p["seconds"] for p in report["programs"]), rel=1e-9)
+
+
 def test_what_does_not_fit_is_refused_with_what_would():
     report = P.plan("flux-dev", size=(1024, 1024), target="v5e:1x1", compile=False)
     assert not report["fits"]

@@ -31,6 +31,10 @@ class Plan(ModelOptions):
     """As of generate."""
     layout: Annotated[str, option("LAYOUT", "dense")] = "dense"
     """As of generate."""
+    regions: Annotated[str | None, option("REGIONS", "auto:0.3 with --layout crpa")] = None
+    """As of generate."""
+    ladder: Annotated[str | None, option("SIZES", "with scalediff: up from the trained size")] = None
+    """As of generate."""
     steps: Annotated[int | None, option("N", "by model")] = None
     """Model evaluations."""
     batch_size: Annotated[int, option("N", "1")] = 1
@@ -71,6 +75,8 @@ class Plan(ModelOptions):
             "size": None if self.size is None else parse_size(self.size),
             "positional": self.positional,
             "layout": self.layout,
+            "regions": self.regions,
+            "ladder": self.ladder,
             "steps": self.steps,
             "batch_size": self.batch_size,
             "negative_prompt": self.negative_prompt,
@@ -130,9 +136,10 @@ def show_plan(report: dict) -> str:
     """A report as text."""
     width, height = report["size"]
     mesh = " x ".join(f"{name} {n}" for name, n in report["mesh"].items() if n > 1) or "one device"
+    regions = "" if report["regions"] is None else f" of {report['regions']}"
     lines = [
         f"{report['model']} {width}x{height}, {report['steps']} steps, batch {report['batch_size']}, "
-        f"{report['positional']}, {report['layout']}, {report['dtype']}",
+        f"{report['positional']}, {report['layout']}{regions}, {report['dtype']}",
         f"{report['target']}: {report['devices']} device(s) of {_gb(report['memory'])} GB; mesh: {mesh}; "
         f"{report['kernel']} attention",
         "",
