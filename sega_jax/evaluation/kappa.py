@@ -40,7 +40,7 @@ def record(
     return [tuple(np.asarray(rotate(jnp.asarray(x[:, text:]), cos, -sin)) for x in layer) for layer in _SEEN]
 
 
-def _PLAIN(grid: Any, signals: Any) -> dict:
+def _plain(grid: Any, signals: Any) -> dict:
     del signals
     return {"text": plain(grid), "image": plain(grid)}
 
@@ -54,11 +54,11 @@ def curves(layers: list[tuple[np.ndarray, np.ndarray]], spec: Any, axis: int, ma
 
 
 def plot(values: np.ndarray, path: Any, title: str) -> None:
-    """One panel per layer, one line per head; needs matplotlib (``pip install sega_jax[plot]``)."""
+    """One panel per layer, one line per head; needs matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("plotting needs matplotlib: pip install 'sega_jax[plot]'") from error
+        raise ValueError("plotting needs matplotlib: pip install matplotlib") from error
     layers, heads, count = values.shape
     columns = min(4, layers)
     rows = -(-layers // columns)
