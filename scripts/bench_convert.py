@@ -1,18 +1,16 @@
 """Speed and memory of conversions against ``cp`` of the same bytes: a synthetic sharded FLUX.1 checkpoint.
 
-    python scripts/bench_convert.py --gigabytes 6 --folder /tmp
+    python scripts/bench_convert.py --gigabytes 6
 
 Each conversion runs in a process of its own whose anonymous memory (RssAnon) is sampled; ``cp`` is timed before
 each, and the fastest of several rounds counts on both sides.  Prints a table and, with --json, writes the figures
-with the machine and the versions.
+with machine, versions and commit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -25,8 +23,9 @@ import numpy as np
 
 from converters.families import BY_NAME
 from converters.files import flush
-from converters.report import stored_report, tool_version
+from converters.report import stored_report
 from converters.stream import Output, Progress, write_sharded
+from sega_jax.provenance import provenance
 
 CONFIG = {
     "_class_name": "FluxTransformer2DModel", "in_channels": 64, "attention_head_dim": 128, "num_attention_heads": 24,
@@ -136,9 +135,7 @@ def main() -> None:
     for row in results:
         print("  ".join(f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key in header))
     if options.json:
-        machine = {"system": platform.platform(), "processors": os.cpu_count(), "python": platform.python_version(),
-                   "numpy": np.__version__, "version": tool_version(), "load": os.getloadavg()}  # fmt: skip
-        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"rows": results, **provenance()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

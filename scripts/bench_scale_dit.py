@@ -15,11 +15,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from sega_jax.attention.bench import provenance
 from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.windows import ScaleDiT
 from sega_jax.models.flux import pack
 from sega_jax.pipeline import Pipeline
+from sega_jax.provenance import provenance
 from sega_jax.sampling.guided import small_stream
 
 CONTESTANTS = {

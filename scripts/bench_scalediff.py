@@ -5,7 +5,6 @@ python scripts/bench_scalediff.py --side 128 --window 64 --text 256
 
 import argparse
 import json
-import platform
 import time
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.neighborhood import Neighborhood
 from sega_jax.layouts.streams import bind
 from sega_jax.positional import plain
+from sega_jax.provenance import provenance
 
 
 def main() -> None:
@@ -85,9 +85,8 @@ def main() -> None:
             f"({row['flops of dense']:.2f})   {row['temporary MB']:8.1f} MB temporary"
         )
     if args.json:
-        machine = {"device": jax.devices()[0].device_kind, "machine": platform.machine(), "jax": jax.__version__}
         options = {name: value for name, value in vars(args).items() if name != "json"}
-        args.json.write_text(json.dumps({"options": options, **machine, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"options": options, "rows": rows, **provenance()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from sega_jax.provenance import provenance
 
 CHILD = """
 import json, sys, time
@@ -58,16 +59,8 @@ for name in ("first step", "second step"):
     velocity(pipe.params, x, 0.9, conditioning).block_until_ready()
     lap(name)
 seconds["from weights to first step"] = round(time.perf_counter() - total - seconds["second step"], 2)
-print(json.dumps({"seconds": seconds, "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-                  "sega_jax": sj.__version__, "dtype": pipe.dtype}))
+print(json.dumps({"seconds": seconds, "dtype": pipe.dtype}))
 """
-
-
-def commit() -> str | None:
-    """The commit this script is of."""
-    folder = Path(__file__).resolve().parent
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
-    return found.stdout.strip() or None
 
 
 def main() -> None:
@@ -92,9 +85,7 @@ def main() -> None:
                 for name, seconds in run["seconds"].items():
                     print(f"  {name:28} {seconds:8.2f} s")
     if options.json is not None:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        machine |= {"python": platform.python_version(), "load": [round(x, 1) for x in os.getloadavg()]}
-        report = {"model": options.model, "size": options.size, "machine": machine, "commit": commit(), "runs": runs}
+        report = {"model": options.model, "size": options.size, "runs": runs, **provenance()}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sega_jax.evaluation import regions
 from sega_jax.pipeline import Pipeline
+from sega_jax.provenance import provenance
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     table = {"options": {name: str(value) for name, value in vars(options).items()}, "velocity": [], "pictures": []}
 
     def save() -> None:
-        options.out.write_text(json.dumps(table, indent=1))
+        options.out.write_text(json.dumps(table | provenance(), indent=1) + "\n")
 
     if options.time:
         cases = [(text, f"center:{share}") for share in options.shares for text in ("crpa", layouts["crpa"])]

@@ -13,9 +13,9 @@ import json
 import time
 from pathlib import Path
 
-from sega_jax.attention.bench import provenance
 from sega_jax.nano.accuracy import accuracy
 from sega_jax.pipeline import Pipeline
+from sega_jax.provenance import provenance
 
 
 def main() -> None:

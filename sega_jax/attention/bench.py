@@ -8,12 +8,10 @@ they do not depend on what else runs.
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -23,6 +21,7 @@ import numpy as np
 from sega_jax.attention.local import Request, choose, kernels, tiles
 from sega_jax.layouts.blocks import from_blocks
 from sega_jax.layouts.windows import block_map
+from sega_jax.provenance import provenance, threads
 
 PATTERNS = ("dense", "full", "scale-dit-k", "scale-dit-p", "scalediff")
 NATIVE = 64  # tokens per side of a ScaleDiff window's keys; its queries are half as wide
@@ -100,7 +99,7 @@ def _torch_attention(request: Request) -> Callable[[], object] | None:
         import torch
     except ImportError:
         return None
-    torch.set_num_threads(tiles.threads())
+    torch.set_num_threads(threads())
     kind = getattr(torch, request.q.dtype.name)
     q, k, v = (
         torch.from_numpy(np.array(x, np.float32)).to(kind).transpose(1, 2).contiguous()
@@ -198,31 +197,6 @@ def measure(case: Case, backends: tuple[str, ...] | None = None, rounds: int = 5
         )
         for name in contestants
     ]
-
-
-def _commit(folder: Path) -> str | None:
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def provenance() -> dict:
-    """Machine, versions and commit of a measurement."""
-    packages = ("jax", "jaxlib", "libtpu", "tokamax", "torch", "numpy")
-    return {
-        "device": jax.devices()[0].device_kind,
-        "processor": tiles.processor(),
-        "threads": tiles.threads(),
-        "versions": {p: v for p in packages if (v := _version(p))},
-        "commit": _commit(Path(__file__).parent),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
 
 
 def report(rows: list[Row], folder: Path) -> Path:

@@ -47,6 +47,7 @@ class Bench:
         from sega_jax.attention import bench
         from sega_jax.attention.local import tiles
         from sega_jax.cli.console import say
+        from sega_jax.provenance import provenance
 
         patterns = self.patterns or (("dense",) if self.tune else bench.PATTERNS)
         shape = (self.text, self.heads, self.depth)
@@ -64,7 +65,7 @@ class Bench:
                 rows.append(row)
         if self.tune:
             path = self.out or tiles.user_file()
-            tiles.write(rows, path, bench.provenance())
+            tiles.write(rows, path, provenance())
         else:
             path = bench.report(rows, self.out or Path("benchmarks"))
         return {"path": str(path), "rows": [asdict(row) for row in rows]}

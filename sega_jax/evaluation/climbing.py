@@ -6,20 +6,18 @@ Same unseen prompts and seeds for every case; rows are kept in a file as they ar
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from sega_jax.evaluation import compare, metrics
 from sega_jax.images import to_uint8
 from sega_jax.nano import accuracy
 from sega_jax.pipeline import Pipeline
+from sega_jax.provenance import provenance
 from sega_jax.sampling.multidiffusion import multidiffusion
 from sega_jax.sampling.sampler import Noise
 
@@ -116,7 +114,7 @@ def run(
                 "distance": compare.distances(pictures, side),
                 "values": values,
             }
-            table["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"
+            table |= provenance()
             compare.save(path, table)
             report(line(table["rows"][key]))
     return table

@@ -9,19 +9,18 @@ from __future__ import annotations
 import functools
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from sega_jax.evaluation import metrics
 from sega_jax.nano import accuracy, check, grammar, render
 from sega_jax.nano.grammar import Scene
 from sega_jax.pipeline import Pipeline
+from sega_jax.provenance import provenance
 
 METHODS = ("none", "pi", "ntk", "yarn", "dype-ntk", "dype-yarn", "sega")
 ATTRIBUTES = tuple(field.name for field in fields(Scene))
@@ -121,7 +120,7 @@ def run(
             seconds = time.perf_counter() - begin
             row = {"side": side, "method": method, "count": count, "steps": steps, "seconds": round(seconds, 1)}
             table["rows"][key] = row | {"distance": distances(pictures, side), "values": values}
-            table["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"
+            table |= provenance()
             table["dtype"] = pipe.dtype
             save(path, table)
             report(line(table["rows"][key]))

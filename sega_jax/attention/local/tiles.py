@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ from pathlib import Path
 import jax
 
 from sega_jax.attention.local.contract import Request, Tile
+from sega_jax.provenance import processor, threads
 
 PACKAGED = Path(__file__).parent / "tiles"
 NEAR = 2.0  # an entry serves lengths up to this factor away from its own
@@ -34,20 +34,6 @@ class Entry:
     seconds: float
     heuristic_tile: Tile
     heuristic_seconds: float
-
-
-def processor() -> str:
-    """The CPU's model name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def threads() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @lru_cache(maxsize=1)
