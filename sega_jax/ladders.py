@@ -18,7 +18,9 @@ import numpy as np
 from sega_jax import positional as pe
 from sega_jax.families import Outline
 from sega_jax.geometry import Grid
+from sega_jax.layouts.neighborhood import Neighborhood
 from sega_jax.layouts.streams import Layout
+from sega_jax.named_layouts import get_layout
 from sega_jax.recipes import recipe
 from sega_jax.sampling import latent_ops as ops
 from sega_jax.sampling.schedule import MuPolicy
@@ -200,9 +202,6 @@ def resolve(
     Raises:
         ValueError: for the first field that cannot be served, with value and remedy.
     """
-    from sega_jax.layouts.neighborhood import Neighborhood
-    from sega_jax.planning import get_layout
-
     if source and len(rungs) < 2:
         raise ValueError(
             f"ladder={text_of(rungs)!r} with init_image: the picture takes the place of the first size; give two sizes"

@@ -18,7 +18,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import sega_jax
-from sega_jax import ladders
 from sega_jax import positional as pe
 from sega_jax.attention.context.route import SCHEMES
 from sega_jax.families import Component, Parts, family_of, load_parts
@@ -27,22 +26,23 @@ from sega_jax.hub import resolve
 from sega_jax.images import Image, load_image
 from sega_jax.ladders import Rung
 from sega_jax.latents import load_latents
-from sega_jax.layouts.regions import get_regions
 from sega_jax.layouts.streams import Layout
 from sega_jax.models.adapters import attach, from_factors, guidance_settings
 from sega_jax.models.lora import LoraSpec, lora_specs
 from sega_jax.models.vae import normalize, sample_posterior
 from sega_jax.models.vae_tiled import encode_tiled
-from sega_jax.planning import Plan, get_layout
+from sega_jax.named_layouts import get_layout
+from sega_jax.planning import Plan
 from sega_jax.planning import plan as make_plan
 from sega_jax.residency import Residency, fetched, places
+from sega_jax.results import Clock, Progress, Result
+from sega_jax.samplers import sampler_of
 from sega_jax.sampling.denoise import Conditioning, Velocity
-from sega_jax.sampling.guided import Guided, TwoStage, enlarge, sharpen
-from sega_jax.sampling.ladder import Codec, Ladder, Level
+from sega_jax.sampling.guided import Guided
 from sega_jax.sampling.regions import CoarseMixedFine, Crpa
 from sega_jax.sampling.resume import Checkpoint, digest
-from sega_jax.sampling.sampler import Euler, Noise, Sampler, State
-from sega_jax.sampling.schedule import MuPolicy, start_index
+from sega_jax.sampling.sampler import Noise, Sampler, State
+from sega_jax.sampling.schedule import MuPolicy
 from sega_jax.sharding.mesh import TENSOR, describe, laid, resolve_mesh, to_host
 from sega_jax.sharding.rules import place as place_parameters
 from sega_jax.stages import TILE, VaeMode, decode_with, encode_image, encode_text
@@ -53,34 +53,6 @@ logger = logging.getLogger(__name__)
 def default_dtype() -> str:
     """float32 on CPU, where bfloat16 gains nothing, and bfloat16 elsewhere."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-@dataclass(frozen=True)
-class Result:
-    """Pictures and how they came about.
-
-    Attributes:
-        images: one `Image` per prompt and image index, in that order; empty with ``decode=False``.
-        latents: model-scale latents, float32 [B, h, w, C].
-        records: metadata of every picture.
-        timings: seconds spent in ``encode``, ``denoise`` and ``decode``.
-        levels: with layout ``crpa``, size class of the token that shows each fine token's place, int8 [B, H, W].
-    """
-
-    images: list[Image]
-    latents: np.ndarray
-    records: list[dict]
-    timings: dict[str, float]
-    levels: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What ``on_step`` receives: step ``index`` of ``total`` is done; ``compiled`` after the first one."""
-
-    index: int
-    total: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -284,9 +256,10 @@ class Pipeline:
 
     def noise(self, seed: int, height: int, width: int, indices: Sequence[int] = (0,)) -> jax.Array:
         """Initial latents f32 [len(indices), h, w, C]; each depends on (seed, image index) alone."""
-        return Noise(seed, tuple(indices)).field(self._latent_shape(self.grid(height, width)))
+        return Noise(seed, tuple(indices)).field(self.latent_shape(self.grid(height, width)))
 
-    def _latent_shape(self, grid: Grid) -> tuple[int, int, int]:
+    def latent_shape(self, grid: Grid) -> tuple[int, int, int]:
+        """(h, w, C) of the latents of a token grid."""
         return 2 * grid.height, 2 * grid.width, self.parts.transformer_config.in_channels // 4
 
     def sigmas(self, steps: int, height: int, width: int, mu: MuPolicy = "clamp") -> np.ndarray:
@@ -314,13 +287,19 @@ class Pipeline:
         return decode_with(component, self.parts.vae_config, latents, dtype=self.dtype, mode=vae, mesh=self.mesh)
 
     def encode_image(self, images: np.ndarray, seed: int = 0) -> jax.Array:
-        """Images f32 [B, H, W, 3] in [-1, 1] to model-scale latents f32 [B, H/8, W/8, C] (posterior sampled)."""
-        mean, logvar = self._moments(images)
+        """Images f32 [B, H, W, 3] in [-1, 1] to model-scale latents f32 [B, H/8, W/8, C], the posterior sampled.
+
+        One draw serves the whole batch, so that a row depends on its place there; `posterior` gives what does not.
+        """
+        mean, logvar = self.posterior(images)
         key = jax.random.fold_in(jax.random.key(seed), 2**31)  # apart from every image index
         return normalize(self.parts.vae_config, sample_posterior(jnp.asarray(mean), jnp.asarray(logvar), key))
 
-    def _moments(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and log-variance of the posterior of images; above 2048 x 2048 in tiles."""
+    def posterior(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and log-variance f32 [B, H/8, W/8, C] of the autoencoder's posterior of images f32 [B, H, W, 3].
+
+        Above 2048 x 2048 in tiles.  `normalize` (`sega_jax.models.vae`) takes the mean to model scale.
+        """
         vae = self._fetched(self.parts.vae)
         run = partial(encode_image, vae.params, graphdef=vae.graphdef, dtype=self.dtype)
         tile = TILE if images.shape[1] * images.shape[2] > 2048**2 else max(images.shape[1:3])
@@ -435,7 +414,7 @@ class Pipeline:
         sampler = self.sampler(plan, method, layout, source, regions, vae)
 
         timings = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
-        clock = _Clock(timings)
+        clock = Clock(timings)
         conditioning = self._encoded(prompts, plan, embeddings)
         clock.stop("encode", conditioning)
         latents, images, records, levels = [], [], [], []
@@ -491,70 +470,7 @@ class Pipeline:
             regions: with ``crpa``; default the plan's.
             vae: how to decode between the stages of a ladder.
         """
-        if plan.ladder is not None:
-            return self._ladder(plan, method, source, vae)
-        grid = self.grid(plan.height, plan.width)
-        if isinstance(get_layout(layout), Guided):
-            return self._two_stage(plan, method)
-        sigmas = self.parts.schedule.sigmas(plan.steps, grid.tokens, plan.mu)
-        sigmas = sigmas[0 if plan.strength is None else start_index(plan.steps, plan.strength) :]
-        layout, shape = get_layout(layout), self._latent_shape(grid)
-        latents = None if source is None else self.encode_image(source, plan.seed)
-        if isinstance(layout, Crpa):
-            chosen = get_regions(plan.regions if regions is None else regions)
-            return CoarseMixedFine.of(self.velocity(method), sigmas, shape, layout, chosen, source=latents)
-        return Euler(self.velocity(method, layout), sigmas, shape, latents)
-
-    def _ladder(self, plan: Plan, method: str | pe.Method, source: np.ndarray | None, vae: VaeMode) -> Ladder:
-        levels = []
-        for number, rung in enumerate(plan.ladder):
-            sigmas = ladders.sigmas_of(plan.ladder, number, self.parts)
-            # an object of one's own may have no name that leads back to it
-            own = rung.positional == plan.positional
-            levels.append(
-                Level(
-                    self.velocity(method if own else rung.positional, rung.layout),
-                    sigmas,
-                    self._latent_shape(self.grid(rung.height, rung.width)),
-                    ladders.gammas_of(rung, sigmas),
-                    rung.rho_mix or ladders.RHO,
-                    rung.rho_guide or ladders.RHO,
-                    rung.reference or "mixed",
-                    rung.posterior != "mean",
-                )
-            )
-
-        def encode(image: jax.Array, noise: jax.Array | None) -> jax.Array:
-            mean, logvar = self._moments(np.asarray(image))
-            chosen = jnp.asarray(mean) if noise is None else mean + jnp.exp(0.5 * logvar) * noise
-            return normalize(self.parts.vae_config, chosen)
-
-        return Ladder(tuple(levels), Codec(partial(self.decode, vae=vae), encode), source)
-
-    def _two_stage(self, plan: Plan, method: str | pe.Method) -> TwoStage:
-        settings = get_layout(plan.layout)
-        grid = self.grid(plan.height, plan.width)
-        small = settings.layout.low_grid(grid)
-        sigmas = self.parts.schedule.sigmas(plan.steps, grid.tokens, plan.mu)
-        height, width, channels = self._latent_shape(grid)
-
-        def by_latents(low: jax.Array) -> jax.Array:
-            return enlarge(low, (height, width))
-
-        def by_pixels(low: jax.Array) -> jax.Array:
-            pixels = jnp.asarray(self.decode(low))
-            return self.encode_image(np.asarray(sharpen(enlarge(pixels, grid.pixels))))
-
-        own = self.plan("", height=small.pixels[0], width=small.pixels[1], steps=plan.steps).positional
-        return TwoStage(
-            settings,
-            self.velocity(own),
-            self.velocity(method, settings.layout),
-            self.parts.schedule.sigmas(plan.steps, small.tokens, plan.mu),
-            sigmas[settings.first(plan.steps) :],
-            (height, width, channels),
-            {"pixels": by_pixels, "latents": by_latents}.get(settings.start),
-        )
+        return sampler_of(self, plan, method, layout, source, regions, vae)
 
     def _denoise(
         self,
@@ -600,7 +516,7 @@ class Pipeline:
         if isinstance(latents, (str, os.PathLike)):
             latents, _ = load_latents(latents)
         latents = np.asarray(latents, np.float32)
-        expected = (count, *self._latent_shape(grid))
+        expected = (count, *self.latent_shape(grid))
         if latents.shape != expected:
             raise ValueError(f"init_latents {latents.shape}: this request needs {expected} [B, h, w, C]")
         return latents
@@ -656,20 +572,6 @@ class _LatentGrid:
 
     def __call__(self, height: int, width: int, text_tokens: int) -> Grid:
         return self.rope.grid(height // 2, width // 2, text_tokens)
-
-
-class _Clock:
-    """Adds the time since the last stop to a stage, after the device is done."""
-
-    def __init__(self, timings: dict[str, float]):
-        self._timings = timings
-        self._last = time.perf_counter()
-
-    def stop(self, stage: str, results: Any = None) -> None:
-        jax.block_until_ready(results)
-        now = time.perf_counter()
-        self._timings[stage] += now - self._last
-        self._last = now
 
 
 def _rows(conditioning: Conditioning, rows: list[int]) -> Conditioning:

@@ -125,6 +125,12 @@ def test_the_spectrum_is_measured_per_sample(pipe, beyond):
     )
 
 
+def test_a_two_stage_picture_does_not_depend_on_its_batch(pipe):
+    options = {"layout": "scale-dit(start='pixels')", "width": 64, "height": 64, "steps": 2, "seed": 1}
+    three = latents(pipe, num_images=3, batch_size=3, **options)
+    np.testing.assert_allclose(three[2:], latents(pipe, image_indices=[2], **options), atol=5e-5)
+
+
 def test_true_guidance(pipe, beyond):
     plain = latents(pipe, positional="sega", **beyond)
     neutral = latents(pipe, positional="sega", negative_prompt="a blue square", true_guidance=1.0, **beyond)

@@ -13,9 +13,9 @@ import numpy as np
 
 from sega_jax.layouts.mixed import arrange, core, level_name, up
 from sega_jax.layouts.regions import parse_regions
+from sega_jax.named_layouts import get_layout
 from sega_jax.nano import accuracy, check, render
 from sega_jax.pipeline import Pipeline
-from sega_jax.planning import get_layout
 from sega_jax.sampling.regions import PATCH, Canvases, block_mean, noises, step_flops
 
 # Without bands for velocities: there every token is compared.

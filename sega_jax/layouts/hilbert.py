@@ -65,10 +65,3 @@ def order(rows: int, columns: int, window: int, kind: str) -> np.ndarray:
     if kind == "hilbert-windows":
         inside = inside[hilbert_order(down, across)]
     return inside.reshape(-1)
-
-
-def inverse(permutation: np.ndarray) -> np.ndarray:
-    """``inverse(p)[p[k]] == k``."""
-    result = np.empty_like(permutation)
-    result[permutation] = np.arange(len(permutation), dtype=permutation.dtype)
-    return result

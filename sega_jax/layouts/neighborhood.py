@@ -19,7 +19,6 @@ Two paths give the same numbers:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Literal
@@ -30,7 +29,7 @@ import numpy as np
 
 from sega_jax.geometry import Grid
 from sega_jax.layouts.blocks import BlockMap, from_blocks
-from sega_jax.layouts.streams import Call, Content, KeySet, Stream, Tokens
+from sega_jax.layouts.streams import Call, Content, KeySet, TextAndImage, Tokens
 
 Path = Literal["auto", "blocks", "windows"]
 Starts = np.ndarray | jax.Array
@@ -94,7 +93,7 @@ def axis(tokens: int, native: int, kv_mult: float | int = 1.0, name: str = "side
 
 
 @dataclass(frozen=True)
-class Neighborhood:
+class Neighborhood(TextAndImage):
     """Neighborhood patch attention.
 
     Attributes:
@@ -140,9 +139,6 @@ class Neighborhood:
             axis(grid.width, native[1], self.kv_mult, "width"),
         )
 
-    def streams(self) -> tuple[Stream, ...]:
-        return Stream("text", "text"), Stream("image", "image")
-
     def grids(self, grid: Grid) -> dict[str, Grid]:
         """The window's grid: what positional methods see, plain RoPE wherever it is no larger than the trained one."""
         rows, columns = self.axes(grid)
@@ -156,16 +152,6 @@ class Neighborhood:
     def order(self, grid: Grid) -> dict[str, np.ndarray]:
         """Patch order for the path ``blocks``; the other takes the image row by row."""
         return {"image": patch_order(*self.axes(grid))} if self.by_blocks else {}
-
-    def enter(self, canvases: Mapping[str, jax.Array], content: Content) -> Mapping[str, jax.Array]:
-        del content
-        return canvases
-
-    def leave(
-        self, streams: Mapping[str, jax.Array], canvases: Mapping[str, jax.Array], content: Content
-    ) -> Mapping[str, jax.Array]:
-        del canvases, content
-        return streams
 
     def draw(self, key: jax.Array, grid: Grid) -> Content:
         """Content of one step: jitter ``{"offsets": i32 [1, 2]}``, uniform on 0…patch with both ends; None without."""

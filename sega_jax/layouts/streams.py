@@ -156,6 +156,23 @@ class Layout(Protocol):
     def calls(self, grid: Grid, content: Content) -> tuple[Call, ...]: ...
 
 
+class TextAndImage:
+    """The part of a `Layout` of two streams, text and the whole image, whose canvas is the image stream as it is."""
+
+    def streams(self) -> tuple[Stream, ...]:
+        return Stream("text", "text"), Stream("image", "image")
+
+    def enter(self, canvases: Mapping[str, jax.Array], content: Content) -> Mapping[str, jax.Array]:
+        del content
+        return canvases
+
+    def leave(
+        self, streams: Mapping[str, jax.Array], canvases: Mapping[str, jax.Array], content: Content
+    ) -> Mapping[str, jax.Array]:
+        del canvases, content
+        return streams
+
+
 def ordered(
     layout: Layout, grid: Grid, streams: Mapping[str, jax.Array], inverse: bool = False
 ) -> dict[str, jax.Array]:

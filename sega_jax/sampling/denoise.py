@@ -224,6 +224,17 @@ class Velocity:
         canvas = largest(latents)
         return self.spec_grid(canvas.shape[1], canvas.shape[2], conditioning.text.shape[1])
 
+    def _statics(self, latents: Latents, conditioning: Conditioning) -> dict[str, Any]:
+        """What `predict` is compiled for besides shapes."""
+        return {
+            "graphdef": self.graphdef,
+            "layout": self.layout,
+            "grid": self.grid(latents, conditioning),
+            "dtype": self.dtype,
+            "backend": self.backend,
+            "mesh": self.mesh,
+        }
+
     def initial_state(self, latents: Latents, conditioning: Conditioning) -> Any:
         """The positional method's memory before the first step, by grid of the layout; None for methods without."""
         grids = self.layout.grids(self.grid(latents, conditioning))
@@ -252,12 +263,7 @@ class Velocity:
             step,
             state,
             content,
-            graphdef=self.graphdef,
-            layout=self.layout,
-            grid=self.grid(latents, conditioning),
-            dtype=self.dtype,
-            backend=self.backend,
-            mesh=self.mesh,
+            **self._statics(latents, conditioning),
         )
 
     def lower(self, params: nnx.State, latents: jax.ShapeDtypeStruct, conditioning: Conditioning) -> Any:
@@ -281,12 +287,7 @@ class Velocity:
             step,
             state,
             None,
-            graphdef=self.graphdef,
-            layout=self.layout,
-            grid=self.grid(latents, conditioning),
-            dtype=self.dtype,
-            backend=self.backend,
-            mesh=self.mesh,
+            **self._statics(latents, conditioning),
         )
 
     def __call__(self, params: nnx.State, latents: jax.Array, sigma: Any, conditioning: Conditioning) -> jax.Array:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sega_jax.layouts.streams import draw
+from sega_jax.geometry import Grid
+from sega_jax.layouts.streams import Content, Layout, draw
 from sega_jax.sampling import latent_ops as ops
 from sega_jax.sampling.denoise import Conditioning, Velocity, add_noise, euler, initial_noise
 from sega_jax.sampling.sampler import Noise, Stage, State
@@ -83,6 +84,13 @@ def guided_euler(
     return ops.euler_to(latents, clean, sigma, sigma_next)
 
 
+@partial(jax.jit, static_argnames=("number", "layout", "grid"))
+def _drawn(seed: jax.Array, index: int, *, number: int, layout: Layout, grid: Grid) -> Content:
+    """What a layout draws for a step, once for the batch: a function of seed, stage and step."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2**31 + 1 + number), index)
+    return draw(layout, key, grid)
+
+
 _enlarged = jax.jit(ops.bicubic, static_argnums=(1, 2))
 _mixed = jax.jit(ops.mix, static_argnums=2)
 _low = jax.jit(ops.lowpass, static_argnums=1)
@@ -140,9 +148,8 @@ class Ladder:
         if i == 0 and number:
             state = self._climb(state, conditioning, number)
         latents, sigma, sigma_next = state["latents"], stage.sigmas[i], stage.sigmas[i + 1]
-        # one draw for the batch: a function of seed, stage and step
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state["seed"]), 2**31 + 1 + number), i)
-        content = draw(stage.velocity.layout, key, stage.velocity.grid(latents, conditioning))
+        grid = stage.velocity.grid(latents, conditioning)
+        content = _drawn(state["seed"], i, number=number, layout=stage.velocity.layout, grid=grid)
         change, memory = stage.velocity.advance(params, latents, sigma, conditioning, i, state["method"], content)
         if number and stage.gammas is not None:
             latents = guided_euler(

@@ -171,15 +171,6 @@ def noises(field: jax.Array, levels: int) -> Canvases:
     return {level_name(level): x for level, x in enumerate(out)}
 
 
-def child_noise(noise: jax.Array, fresh: jax.Array, weight: float = 1.0) -> jax.Array:
-    """N(0, I) at twice the sides whose block mean is tied to ``noise``.
-
-    ``fresh`` less ``weight`` times its block mean, plus ``noise`` spread so that with weight 1 the covariance is I
-    and twice the block mean is ``noise`` (``predicted`` of crpa.md §6.4).
-    """
-    return nearest(noise) / 2 + fresh - weight * nearest(block_mean(fresh))
-
-
 def rewind_coefficients(sigma: float, z: float) -> tuple[float, float, float]:
     """``(a, b, sigma')`` with ``x' = a Up(x) + b n'`` at ``sigma'`` (crpa.md §6.4)."""
     clean = 1 - sigma

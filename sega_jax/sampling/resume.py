@@ -119,11 +119,11 @@ class Checkpoint:
                 "by --resume (resume=True), or remove the folder"
             )
         try:
-            saved = json.loads((folder / "run.json").read_text())
-        except (OSError, ValueError) as error:
+            made_for = dict(json.loads((folder / "run.json").read_text())["request"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}: unreadable ({error}); remove it to start again") from error
         wanted = json.loads(json.dumps(request))
-        different = [k for k in dict.fromkeys([*wanted, *saved["request"]]) if wanted.get(k) != saved["request"].get(k)]
+        different = [k for k in dict.fromkeys([*wanted, *made_for]) if wanted.get(k) != made_for.get(k)]
         if different:
             raise CheckpointError(
                 f"{folder}: is of another run ({', '.join(different)} differ); remove it, or change --out"

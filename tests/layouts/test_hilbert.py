@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sega_jax.layouts.hilbert import hilbert_order, hilbert_rank, inverse, order
+from sega_jax.layouts.hilbert import hilbert_order, hilbert_rank, order
 
 
 def numbers(text: str) -> list[int]:
@@ -22,13 +22,13 @@ SIX_BY_TEN_RANKS = """0 1 14 15 16 19 20 21 58 59 / 3 2 13 12 17 18 23 22 57 56 
 
 def test_tables():
     assert hilbert_order(2, 2).tolist() == [0, 2, 3, 1]
-    assert inverse(hilbert_order(2, 2)).tolist() == [0, 3, 1, 2]
+    assert np.argsort(hilbert_order(2, 2)).tolist() == [0, 3, 1, 2]
     assert hilbert_order(4, 4).tolist() == numbers("0 1 5 4 8 12 13 9 10 14 15 11 7 6 2 3")
-    assert inverse(hilbert_order(4, 4)).tolist() == numbers("0 1 14 15 / 3 2 13 12 / 4 7 8 11 / 5 6 9 10")
+    assert np.argsort(hilbert_order(4, 4)).tolist() == numbers("0 1 14 15 / 3 2 13 12 / 4 7 8 11 / 5 6 9 10")
     assert hilbert_order(8, 8).tolist() == numbers(EIGHT)
-    assert inverse(hilbert_order(8, 8)).tolist() == numbers(EIGHT_RANKS)
+    assert np.argsort(hilbert_order(8, 8)).tolist() == numbers(EIGHT_RANKS)
     assert hilbert_order(6, 10).tolist() == numbers(SIX_BY_TEN)
-    assert inverse(hilbert_order(6, 10)).tolist() == numbers(SIX_BY_TEN_RANKS)
+    assert np.argsort(hilbert_order(6, 10)).tolist() == numbers(SIX_BY_TEN_RANKS)
 
 
 def steps(visits: np.ndarray, columns: int) -> np.ndarray:
@@ -43,7 +43,7 @@ def test_curve(side):
     assert visits[0] == 0
     assert visits[-1] == side - 1
     assert (steps(visits, side) == 1).all()
-    np.testing.assert_array_equal(visits[inverse(visits)], np.arange(side * side))
+    np.testing.assert_array_equal(visits[np.argsort(visits)], np.arange(side * side))
 
 
 def test_a_window_and_its_cell_have_equal_ranks():

@@ -17,7 +17,7 @@ from sega_jax.layouts.mixed import arrange, core, level_name, present, up
 from sega_jax.layouts.regions import parse_regions
 from sega_jax.models.abstract import initialize
 from sega_jax.models.flux import Flux, FluxConfig
-from sega_jax.planning import get_layout
+from sega_jax.named_layouts import get_layout
 from sega_jax.sampling.denoise import Conditioning, Velocity, predict
 from sega_jax.sampling.regions import (
     RESIZERS,
@@ -25,7 +25,6 @@ from sega_jax.sampling.regions import (
     Crpa,
     bicubic,
     block_mean,
-    child_noise,
     estimate,
     nearest,
     noises,
@@ -63,14 +62,6 @@ def test_noise_of_all_levels_is_white_and_shared():  # T13
     np.testing.assert_allclose(np.asarray(fields["level2"]), direct, atol=1e-5)
     sparse = jax.image.resize(fields["level0"], (1, 256, 256, 4), "linear", antialias=False) * 4
     assert float(sparse.std()) == pytest.approx(2, abs=0.02)  # why the mean is taken level by level
-
-
-def test_child_noise_is_white_and_averages_to_its_parent():  # T13
-    parent, fresh = normal(1, 256, 256, 4, seed=1), normal(1, 512, 512, 4, seed=2)
-    child = child_noise(parent, fresh)
-    np.testing.assert_allclose(np.asarray(2 * block_mean(child)), np.asarray(parent), atol=2e-6)
-    blocks = np.asarray(child).reshape(256, 2, 256, 2, 4).transpose(0, 2, 4, 1, 3).reshape(-1, 4)
-    np.testing.assert_allclose(np.cov(blocks.T), np.eye(4), atol=0.01)
 
 
 def test_rewinding():  # T14
