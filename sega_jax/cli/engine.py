@@ -107,15 +107,14 @@ class Engine:
         first = rows[0]
         plan = first.plan
         options: dict[str, Any] = {}
-        if first.request.init_image is not None or plan.ladder is not None:
-            # Rows of such a batch are of one request: one picture to encode, one seed for noise between stages.
-            options |= {"seed": plan.seed, "image_indices": [job.index for job in rows]}
+        if J.of_one_request(first):
+            options |= {"seed": plan.seed, "image_indices": [job.index for job in rows], "vae": first.request.vae}
             if first.request.init_image is not None:
                 options |= {"init_image": Path(first.request.init_image.file).expanduser(), "strength": plan.strength}
             elif first.request.init_latents is not None:
                 options["init_latents"] = np.concatenate([self._start(job) for job in rows])
             if plan.ladder is not None:
-                options |= {"ladder": plan.ladder, "vae": first.request.vae}
+                options["ladder"] = plan.ladder
             embeddings = {name: array[:1] for name, array in embeddings.items()}
             prompts = [plan.prompt]
         else:

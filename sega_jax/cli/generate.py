@@ -243,6 +243,8 @@ class Generate(ModelOptions):
             mesh = resolve_mesh(self.mesh or chosen, batch=size)
             if mesh is not None:
                 say(f"mesh {describe(mesh)}" + ("; --mesh names another" if self.mesh is None else ""))
+            if mesh is None and self.context != "auto":
+                raise ValueError(f"context={self.context!r}: one device does the work; give a --mesh of several")
             compiling = self._compile_ahead(batches, model, other, run, mesh, hub)
             with Phase(f"loading {model}"):
                 pipe = Pipeline.from_pretrained(
@@ -369,7 +371,7 @@ def _without_ladder(base: dict[str, Any], given: dict[str, Any], where: str) -> 
 
 def _guidance_lora(layouts: list[str], loras: tuple) -> Any:
     """The LoRA that layout scale-dit keeps for its small stream, instead of merging it; None for other layouts."""
-    from sega_jax.planning import get_layout
+    from sega_jax.named_layouts import get_layout
     from sega_jax.sampling.guided import Guided
 
     guided = {isinstance(get_layout(layout), Guided) for layout in layouts}

@@ -22,6 +22,9 @@ from sega_jax.cli.requests import INCIDENTAL, FileRow, Request
 from sega_jax.families import Outline
 from sega_jax.images import read_metadata
 from sega_jax.latents import load_latents
+from sega_jax.named_layouts import get_layout
+from sega_jax.sampling.guided import Guided
+from sega_jax.sampling.regions import Crpa
 
 
 class State(Enum):
@@ -304,12 +307,22 @@ def look(job: Job, overwrite: bool) -> Job:
     return job
 
 
+def of_one_request(job: Job) -> bool:
+    """Whether a model call can hold pictures of this job's request only.
+
+    So it is where a call has one picture to start from, or draws noise besides the first by one seed: the stages of a
+    ladder, the small picture of scale-dit, what crpa draws to rewind.
+    """
+    if job.request.init_image is not None or job.plan.ladder is not None:
+        return True
+    layout = get_layout(job.plan.layout)
+    return isinstance(layout, Guided) or (isinstance(layout, Crpa) and layout.switch == "rewind")
+
+
 def call_key(job: Job) -> tuple:
     """Jobs with one key can be rows of one model call."""
     plan = job.plan
-    tied = (job.request.row, job.record["init_image"]["sha256"]) if job.request.init_image else None
-    if plan.ladder is not None:  # its stages draw noise of their own, by one seed per call
-        tied = (job.request.row, job.record["ladder"], tied)
+    tied = job.request.row if of_one_request(job) else None
     return (class_key(job, 0), plan.steps, plan.guidance, plan.true_guidance, plan.positional, plan.mu, plan.strength,
             plan.regions, text_tokens(job), tied)  # fmt: skip
 

@@ -202,7 +202,7 @@ def check(request: Request) -> None:
     from sega_jax import ladders
     from sega_jax import positional as pe
     from sega_jax.layouts.regions import parse_regions
-    from sega_jax.planning import get_layout
+    from sega_jax.named_layouts import get_layout
 
     if request.steps is not None and request.steps < 1:
         raise ValueError(f"steps={request.steps}: expected a positive whole number")

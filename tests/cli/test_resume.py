@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from sega_jax import cli
 from sega_jax.sampling.sampler import Euler
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMON = ["generate", "a red circle", "--size", "64", "--steps", "6", "--save-latents", "z.safetensors"]
 KILLED = """
 import os, signal, sys
