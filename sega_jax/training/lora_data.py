@@ -8,6 +8,7 @@ Anyone may write such files; `encode_folder` makes them from pictures with capti
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from sega_jax.files import atomic_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EMPTY = "empty.safetensors"
+REQUEST = "request.json"
 Report = Callable[[str], None]
 
 
@@ -124,17 +126,44 @@ def encode_samples(
     return count
 
 
+def _keep_to(out: Path, request: dict[str, Any]) -> None:
+    """Notes how a folder's samples are made.
+
+    Raises:
+        ValueError: those that are there were made otherwise.
+    """
+    note = out / REQUEST
+    if not note.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_path(note) as temporary:
+            temporary.write_text(json.dumps(request))
+        return
+    found = json.loads(note.read_text())
+    told = [
+        f"{name}={value!r} (there {found.get(name)!r})" for name, value in request.items() if found.get(name) != value
+    ]
+    if told:
+        raise ValueError(f"{out} holds samples that were made otherwise: {', '.join(told)}; give another folder")
+
+
 def encode_folder(
     pipe: Any, folder: Path, out: Path, size: tuple[int, int], ratio: int = 4, seed: int = 0, report: Report = print
 ) -> int:
-    """Encode a folder of captioned pictures at ``size`` (width, height); the small picture is a bicubic reduction."""
+    """Encode a folder of captioned pictures at ``size`` (width, height); the small picture is a bicubic reduction.
+
+    Raises:
+        ValueError: as `captioned`, or ``out`` has samples of another size, ratio, seed or kind.
+    """
+    pictures = captioned(folder)
+    _keep_to(out, {"kind": "folder", "size": list(size), "ratio": ratio, "seed": seed})
+    stems = Counter(path.stem for path, _ in pictures)
 
     def samples() -> Iterator[tuple[str, np.ndarray, np.ndarray, str]]:
-        for number, (path, caption) in enumerate(captioned(folder)):
+        for number, (path, caption) in enumerate(pictures):
             with Image.open(path) as opened:
                 large = _cut(opened.convert("RGB"), size, np.random.default_rng((seed, number)))
             small = large.resize((size[0] // ratio, size[1] // ratio), Image.Resampling.BICUBIC)
-            yield path.stem, _float(large), _float(small), caption
+            yield path.stem if stems[path.stem] == 1 else path.name, _float(large), _float(small), caption
 
     return encode_samples(pipe, samples(), out, report)
 
@@ -145,8 +174,13 @@ def encode_nano(
     """Encode ``count`` scenes of nano's renderer per side; large and small show the same scene at their own sizes.
 
     The small picture is drawn, not reduced: sampling makes it with the plain model, whose textures keep their pixels.
+
+    Raises:
+        ValueError: ``out`` has samples of another ratio, seed or kind.
     """
     from sega_jax.nano import grammar, render
+
+    _keep_to(out, {"kind": "nano", "ratio": ratio, "seed": seed})
 
     def samples() -> Iterator[tuple[str, np.ndarray, np.ndarray, str]]:
         for side in sides:

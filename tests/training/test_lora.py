@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +209,28 @@ def test_captions(tmp_path):
     (tmp_path / "captions.jsonl").write_text('{"file": "b.png"}\n')
     with pytest.raises(ValueError, match=r"captions\.jsonl line 1"):
         lora_data.captioned(tmp_path)
+
+
+def test_encoded_folders_belong_to_one_size_and_lose_no_picture(tmp_path):
+    class Pipe:
+        def encode(self, prompts):
+            return SimpleNamespace(text=np.zeros((1, 4, 8)), pooled=np.zeros((1, 8)))
+
+        def encode_image(self, images):
+            return images[:, ::8, ::8]
+
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    for name in ("a.png", "a.jpg", "b.png"):
+        Image.new("RGB", (64, 64)).save(data / name)
+        (data / name).with_suffix(".txt").write_text("a circle")
+    assert lora_data.encode_folder(Pipe(), data, out, (32, 32)) == 3
+    assert {path.name for path in out.glob("*.safetensors")} == {
+        "a.png.safetensors", "a.jpg.safetensors", "b.safetensors", lora_data.EMPTY
+    }  # fmt: skip
+    assert lora_data.encode_folder(Pipe(), data, out, (32, 32)) == 3
+    with pytest.raises(ValueError, match=r"size=\[64, 64\] \(there \[32, 32\]\)"):
+        lora_data.encode_folder(Pipe(), data, out, (64, 64))
 
 
 def test_batches_depend_on_seed_and_step_alone(samples):
