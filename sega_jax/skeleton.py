@@ -21,11 +21,6 @@ from sega_jax.models.t5 import T5Config, T5Encoder
 from sega_jax.models.vae import Vae, VaeConfig
 from sega_jax.sampling.schedule import Schedule
 
-T5_XXL = T5Config(vocab_size=32_128, d_model=4_096, d_kv=64, d_ff=10_240, num_layers=24, num_heads=64)
-CLIP_L = ClipConfig(
-    vocab_size=49_408, hidden_size=768, intermediate_size=3_072, num_hidden_layers=12, num_attention_heads=12
-)
-
 
 def _flux(config: FluxConfig, schedule: Schedule, text_tokens: int) -> Outline:
     vae = VaeConfig.flux()
@@ -53,7 +48,7 @@ def skeleton(model: str | Path, dtype: DTypeLike = "bfloat16", *, transformer: P
         CheckpointError, ValueError: as `sega_jax.hub.resolve` and `sega_jax.families.family_of`.
     """
     if model in PRESETS:
-        outline, clip, t5 = PRESETS[model](), CLIP_L, T5_XXL
+        outline, clip, t5 = PRESETS[model](), ClipConfig.large(), T5Config.xxl()
     else:
         folder = resolve(model, weights=False, **hub)
         outline = family_of(folder).outline(folder, transformer)
@@ -79,11 +74,6 @@ def abstract_parts(outline: Outline, clip: ClipConfig, t5: T5Config, dtype: DTyp
         t5_tokenizer=None,
         vae=component(Vae, outline.vae_config),
     )
-
-
-def parameter_bytes(component: Component) -> int:
-    """Bytes of all parameters of a component, on however many devices."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(component.params))
 
 
 def text_length(parts: Parts) -> tuple[int, int]:

@@ -23,7 +23,7 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     assert len(blocks) >= 4
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
-    assert (tmp_path / "circle.png").stat().st_size > 1000
+    assert (tmp_path / "square.png").stat().st_size > 1000
 
 
 def test_readme_lists_every_preset():

@@ -10,8 +10,9 @@ import pytest
 
 from sega_jax import cli, estimate, programs, targets, topologies
 from sega_jax import plan as P
+from sega_jax.estimate import parameter_bytes
 from sega_jax.roofline import roofline
-from sega_jax.skeleton import parameter_bytes, skeleton
+from sega_jax.skeleton import skeleton
 
 FLUX_DEV = 11_901_408_320  # parameters, FluxConfig.dev
 parts = cache(skeleton)

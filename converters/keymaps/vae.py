@@ -111,11 +111,6 @@ def rows(config: Mapping[str, Any], layout: str = "diffusers") -> list[Row]:
     return list(_rows(config, *LAYOUTS[layout]))
 
 
-def bfl_rows(config: Mapping[str, Any]) -> list[Row]:
-    """`rows` for Black Forest Labs' single-file layout."""
-    return rows(config, "bfl")
-
-
 def detect(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The layout of a checkpoint, given the shapes of its tensors by name.
 

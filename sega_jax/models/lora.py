@@ -1,7 +1,6 @@
-"""LoRA files for models: merged into weights as they are loaded, or read as adapters to be kept apart.
+"""LoRA files as a pipeline is asked for them: found, weighted, and known by their content.
 
-The dialects in use, their alphas and fused projections are the business of `converters.lora_dialects`; here a LoRA
-is known by the modules it changes: ``y = x @ kernel + scale * (x @ down) @ up`` (Hu et al., arXiv 2106.09685).
+The dialects in use, their alphas and fused projections are the business of `converters.lora_dialects`.
 """
 
 from __future__ import annotations
@@ -11,11 +10,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from converters.errors import CheckpointError
 from converters.lora import Lora, parse_lora
 from converters.lora_dialects import read_lora
 
@@ -95,62 +92,3 @@ def content_digest(path: Path) -> str:
     for name in files:
         digest.update(f"{name} {content_digest(path / name)}\n".encode())
     return digest.hexdigest()
-
-
-class Adapter(NamedTuple):
-    """A low-rank change of one linear module.
-
-    Attributes:
-        down: float32 [in, rank].
-        up: float32 [rank, out].
-        alpha: the change is ``alpha / rank * down @ up``.
-    """
-
-    down: np.ndarray
-    up: np.ndarray
-    alpha: float
-
-
-def adapters(lora: Lora, component: str = "transformer") -> dict[tuple[str, int | None], Adapter]:
-    """The adapters of a LoRA, unmerged: (module path, layer of a stack) -> adapter.
-
-    Module paths are the model's, as in ``("double.image.attention.query", 3)``; fused projections of a file are
-    split.
-
-    Raises:
-        CheckpointError: it also changes biases or replaces norms, which no adapter can express.
-    """
-    factors = lora.factors.get(component, {})
-    if lora.replaced.get(component) or any(f.bias is not None for f in factors.values()):
-        raise CheckpointError(f"{lora.name}: changes biases or norms, so it can be merged but not kept as adapters")
-    return {
-        (slot.path.removesuffix(".kernel"), slot.index): Adapter(
-            f.a.T.astype(np.float32), f.b.T.astype(np.float32), float(f.scale * f.rank)
-        )
-        for slot, f in factors.items()
-    }
-
-
-def stacked(found: Mapping[tuple[str, int | None], Adapter], layers: Mapping[str, int]) -> dict[str, Adapter]:
-    """Adapters for scanned blocks: module path -> down [layers, in, rank], up [layers, rank, out].
-
-    Every layer gets the largest rank, filled with zeros, and layers without an adapter are all zeros; scales are
-    multiplied into ``up``, so that ``alpha`` equals the rank.
-
-    Args:
-        found: from `adapters`.
-        layers: stack (first part of the path) -> number of layers, such as ``{"double": 19, "single": 38}``.
-    """
-    result: dict[str, Adapter] = {}
-    for path in dict.fromkeys(path for path, index in found if index is not None):
-        of = {index: adapter for (name, index), adapter in found.items() if name == path}
-        first, count = next(iter(of.values())), layers[path.partition(".")[0]]
-        rank = max(adapter.down.shape[1] for adapter in of.values())
-        down = np.zeros((count, first.down.shape[0], rank), np.float32)
-        up = np.zeros((count, rank, first.up.shape[1]), np.float32)
-        for index, adapter in of.items():
-            own = adapter.down.shape[1]
-            down[index, :, :own] = adapter.down
-            up[index, :own] = adapter.up * np.float32(adapter.alpha / own)
-        result[path] = Adapter(down, up, float(rank))
-    return result

@@ -13,7 +13,7 @@ from converters.lora_dialects import DIALECTS, convert_lora, express
 from sega_jax.families import load_parts
 from sega_jax.hub import resolve
 from sega_jax.models.abstract import parameters
-from sega_jax.models.lora import LoraSpec, adapters, lora_specs, stacked
+from sega_jax.models.lora import lora_specs
 
 COMPONENTS = {"transformer": "transformer", "text_encoder": "clip", "text_encoder_2": "t5", "vae": "vae"}
 
@@ -163,42 +163,3 @@ def test_folders_are_digested_by_names_and_contents(tmp_path):
 def test_specifications_refused(loras, message):
     with pytest.raises(ValueError, match=message):
         lora_specs(loras)
-
-
-# -- adapters ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dialect", ["diffusers", "kohya", "orbax"])
-def test_adapters_are_the_change_unmerged(tmp_path, nano, dialect):
-    lora = made(nano)
-    convert_lora(saved(lora, tmp_path / "d"), tmp_path / "lora", to=dialect)
-    found = adapters(LoraSpec(str(tmp_path / "lora"), 1.0, "").read())
-    assert {(f"{path}.kernel", index) for path, index in found} == {(s.path, s.index) for _, s in lora.deltas()}
-    for (_, slot), delta in lora.deltas().items():
-        adapter = found[slot.path.removesuffix(".kernel"), slot.index]
-        change = adapter.alpha / adapter.down.shape[1] * adapter.down @ adapter.up
-        np.testing.assert_allclose(change, delta.T, atol=1e-6)
-
-
-def test_stacked_adapters_fill_layers_and_ranks_with_nothing():
-    random = np.random.default_rng(0)
-
-    def factors(rank, scale):
-        return Factors(random.standard_normal((rank, 6)).astype(np.float32), random.standard_normal((4, rank)), scale)
-
-    slots = {Slot("double.image.x.kernel", 0): factors(1, 2.0), Slot("double.image.x.kernel", 2): factors(3, 0.5)}
-    lora = Lora({"transformer": {**slots, Slot("out.kernel"): factors(2, 1.0)}})
-    (whole,) = stacked(adapters(lora), {"double": 4, "single": 0}).values()
-    assert whole.down.shape == (4, 6, 3)
-    assert whole.up.shape == (4, 3, 4)
-    for index in range(4):
-        slot = Slot("double.image.x.kernel", index)
-        expected = slots[slot].delta().T if slot in slots else np.zeros((6, 4))
-        change = whole.alpha / 3 * whole.down[index] @ whole.up[index]
-        np.testing.assert_allclose(change, expected, atol=1e-6)
-
-
-def test_biases_and_norms_are_no_adapters():
-    factors = Factors(np.ones((1, 2), np.float32), np.ones((2, 1), np.float32), 1.0, np.ones(2, np.float32))
-    with pytest.raises(CheckpointError, match="biases or norms"):
-        adapters(Lora({"transformer": {Slot("out.kernel"): factors}}))

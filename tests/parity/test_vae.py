@@ -139,7 +139,7 @@ def test_bfl_layout_is_the_one_diffusers_converts(quant):
     fields = dataclasses.asdict(config)
     single_file = {
         tensor.source: torch.from_numpy(np.array(tensor.assemble([values[slot.path] for slot in tensor.slots])))
-        for tensor in expand(keymap.bfl_rows(fields), keymap.dims(fields))
+        for tensor in expand(keymap.rows(fields, "bfl"), keymap.dims(fields))
     }
     assert single_file["decoder.mid.attn_1.q.weight"].shape == (16, 16, 1, 1)
     converted = convert_ldm_vae_checkpoint(dict(single_file), dict(model.config))
