@@ -21,7 +21,7 @@ from sega_jax.provenance import provenance
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", type=Path, help="LoRA of the guidance stream, from scripts/train_lora.py")
-    parser.add_argument("--side", type=int, default=1024, help="pixels; nano is trained at 256")
+    parser.add_argument("--side", type=int, default=1024, help="pixels")
     parser.add_argument("--count", type=int, default=40, help="prompts")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/scale-dit-quality.json"))

@@ -66,6 +66,12 @@ def test_bad_arguments_fail_before_anything_loads(run, monkeypatch, words, messa
     assert files() == []
 
 
+def test_a_context_scheme_needs_a_mesh(run, monkeypatch):
+    nothing_is_loaded(monkeypatch)
+    code, _, err = run("generate", PROMPT, *QUICK, "--context", "ring")
+    assert (code, "context='ring': one device does the work; give a --mesh of several" in err) == (2, True)
+
+
 def test_no_verb(run):
     assert run()[::2] == (
         2,
