@@ -49,7 +49,7 @@ class Recipe:
     buckets: tuple[Bucket, ...] = data.BUCKETS
     phases: tuple[Phase, ...] = (
         Phase(3200, 32, (("8x8", 1.0),)),
-        Phase(2200, 32, (("12x12", 0.72), ("9x12", 0.1), ("12x9", 0.1), ("8x8", 0.08))),
+        Phase(5600, 32, (("12x12", 0.72), ("9x12", 0.1), ("12x9", 0.1), ("8x8", 0.08))),
     )
     rate: float = 2.5e-3
     adam_rate: float = 1.5e-3
