@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--trust-pickle", action="store_true", help="read .pt and .ckpt files, with torch's weights-only loader"
     )
-    convert.add_argument("--allow-nonfinite", action="store_true", help="report NaN and infinity, do not refuse them")
+    convert.add_argument(
+        "--allow-nonfinite", action="store_true", help="with --verify: report NaN and infinity, do not refuse them"
+    )
     convert.add_argument("--workers", type=int, help="threads (default: up to four)")
     convert.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
     lora = verbs.add_parser("lora", help="write a LoRA in another dialect")

@@ -294,6 +294,8 @@ def convert(
         raise ValueError(f"dtype={dtype!r}, verify='forward': rounded weights compute something else; use 'exact'")
     if verify not in (None, "exact", "forward"):
         raise ValueError(f"verify={verify!r}: expected 'exact' or 'forward'")
+    if allow_nonfinite and verify is None:
+        raise ValueError("allow_nonfinite: only verification looks for NaN and infinity; ask for it too (--verify)")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}: at least one is needed")
     shard, threads = parse_size(max_shard_size), workers or default_workers()

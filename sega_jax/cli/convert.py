@@ -37,7 +37,7 @@ class Convert:
     max_shard_size: Annotated[str, option("SIZE", "10GB")] = "10GB"
     """Largest file of a diffusers component."""
     allow_nonfinite: Annotated[bool, option("", "off")] = False
-    """Report NaN and infinity instead of refusing them."""
+    """With --verify: report NaN and infinity instead of refusing them."""
     ignore_unknown: Annotated[bool, option("", "off")] = False
     """Leave out keys of a LoRA that belong to nothing known."""
     trust_pickle: Annotated[bool, option("", "off")] = False

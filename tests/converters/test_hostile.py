@@ -310,6 +310,8 @@ def test_not_a_number(tmp_path, tiny, kind, value):
         source, tmp_path / "out", to="orbax", verify="exact", allow_nonfinite=True, progress=False
     )  # fmt: skip
     assert report["components"]["vae"]["verify"]["nonfinite"] == ["decoder.conv_in.kernel"]
+    with pytest.raises(ValueError, match="only verification looks"):
+        convert(source, tmp_path / "other", to="orbax", allow_nonfinite=True, progress=False)
 
 
 # -- Orbax ---------------------------------------------------------------------------------------------------------
