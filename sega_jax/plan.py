@@ -101,8 +101,6 @@ def plan(
     listed = [programs.encode(r), *(programs.step(r, stage) for stage in sampler.stages())]
     listed.append(programs.decode(r, closed.decode_how))
     beside = {p.name: 0 if residency == "offload" else closed.resident - p.parameters for p in listed}
-    if closed.decode_how == "sharded" and _over(listed[-1], beside["decode"], where):
-        listed[-1] = programs.decode(r, "strips")
     listed = [programs.timed(program, where) for program in listed]
     report = _report(request, where, sizes, closed, listed, parts, batch_size, rows, residency, beside)
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]  # assemblers too
@@ -135,10 +133,6 @@ def _make_mesh(where: Target, sizes: Mapping[str, int]) -> Mesh | None:
     from sega_jax.sharding.mesh import make_mesh
 
     return make_mesh(where.devices, **sizes)
-
-
-def _over(program: programs.Program, beside: int, where: Target) -> bool:
-    return program.failure is not None or program.peak + beside > where.memory
 
 
 def _report(request, where, sizes, closed, listed, parts, batch, rows, residency, beside) -> dict:
