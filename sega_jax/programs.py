@@ -304,8 +304,8 @@ def _strips(program: Program, r: Picture) -> Program:
     return replace(
         program,
         how=f"{program.how}; widest: {largest.name}",
-        inputs=2 * largest.arguments,
-        outputs=2 * largest.outputs,
+        inputs=largest.calls * largest.arguments,
+        outputs=largest.calls * largest.outputs,
         temporaries=largest.temporaries,
         peak=program.parameters + largest.peak,
         compiled=True,

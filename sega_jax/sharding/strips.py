@@ -302,17 +302,19 @@ class StripStage:
     Attributes:
         name: what the function does, with the shape of its strip.
         arguments, outputs, temporaries: of one call, from the compiler; arguments include the parameters it uses.
+        calls: in flight at once: while one computes, another's arguments arrive or its results leave; attention waits
+            for each of its own.
     """
 
     name: str
     arguments: int
     outputs: int
     temporaries: int
+    calls: int = 2
 
     @property
     def peak(self) -> int:
-        """Two calls are in flight: one computes, the other's arguments arrive or its results leave."""
-        return 2 * (self.arguments + self.outputs) + self.temporaries
+        return self.calls * (self.arguments + self.outputs) + self.temporaries
 
 
 class _Survey(_Strips):
@@ -338,6 +340,7 @@ class _Survey(_Strips):
                 memory.argument_size_in_bytes,
                 memory.output_size_in_bytes - memory.alias_size_in_bytes,
                 memory.temp_size_in_bytes,
+                1 if function is _attend else 2,
             )
         return jax.tree.map(lambda x: np.broadcast_to(np.ones((), x.dtype), x.shape), result)
 
