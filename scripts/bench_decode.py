@@ -16,6 +16,7 @@ import numpy as np
 import sega_jax as sj
 from sega_jax.nano.grammar import sample
 from sega_jax.nano.render import render
+from sega_jax.provenance import provenance
 from sega_jax.stages import TILE
 
 
