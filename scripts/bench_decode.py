@@ -52,8 +52,8 @@ def main() -> None:
             "model": options.model,
             "tile": TILE,
             "range": [-1, 1],
-            "sega_jax": sj.__version__,
             "results": results,
+            **provenance(),
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")

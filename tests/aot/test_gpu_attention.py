@@ -79,3 +79,12 @@ def test_compiles(name, report):
     assert hopper.shared_memory_bytes(depth) <= shared <= SHARED_MEMORY
     # neither q, k, v nor out is copied: what is left are the tables and the padded LSE
     assert temp <= 0.01 * memory.argument_size_in_bytes + 1e6
+
+
+def test_lengths_that_no_tile_divides():
+    """A picture of 65 x 65 tokens, or CRPA's mixed sequences; in float the interpreter's tests compare values."""
+    place = SingleDeviceSharding(topologies.devices("h200:1")[0])
+    q, k = (jax.ShapeDtypeStruct((1, n, 2, 128), jnp.bfloat16, sharding=place) for n in (1_025 + TEXT, 300))
+    out, lse = jax.jit(lambda q, k: hopper.run(Request(q, k, k, 0.1))).lower(q, k).compile().out_info
+    assert out.shape == q.shape
+    assert lse.shape == (1, 1_025 + TEXT, 2)

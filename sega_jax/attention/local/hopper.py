@@ -372,7 +372,9 @@ def _body(scale, heads, tile_k, per_row, simulated, *refs):
 
 
 def _forward(q, k, v, tables, tile_k: int, per_row: int, scale: float, interpret):
-    batch, queries, heads, depth = q.shape
+    queries = q.shape[1]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (q, k, v))  # whole tiles of TMA
+    batch, _, heads, depth = q.shape
     stages = STAGES[depth]
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
@@ -417,7 +419,7 @@ def _forward(q, k, v, tables, tile_k: int, per_row: int, scale: float, interpret
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(q, k, v, *(jnp.asarray(x) for x in tables))
-    return out, lse[:, :, :queries].swapaxes(1, 2)
+    return out[:, :queries], lse[:, :, :queries].swapaxes(1, 2)
 
 
 def _programs() -> int:
