@@ -221,7 +221,7 @@ class _Strips:
         moments = []
         for first in starts:
             strip = _cut(x.array, first, first + rows)
-            query, result = self._call("queries", _query, block, strip, statistics)
+            query, result = jax.block_until_ready(self._call("queries", _query, block, strip, statistics))
             for other in starts:
                 key, value = (_cut(a, other, other + rows).reshape(batch, -1, channels) for a in (keys, values))
                 length = np.full((batch,), min(rows, height - other) * width, np.int32)
@@ -302,8 +302,8 @@ class StripStage:
     Attributes:
         name: what the function does, with the shape of its strip.
         arguments, outputs, temporaries: of one call, from the compiler; arguments include the parameters it uses.
-        calls: in flight at once: while one computes, another's arguments arrive or its results leave; attention waits
-            for each of its own.
+        calls: in flight at once: while a convolution computes, the arguments of the next arrive or the results of the
+            last leave; the functions of the attention are waited for.
     """
 
     name: str
@@ -340,7 +340,7 @@ class _Survey(_Strips):
                 memory.argument_size_in_bytes,
                 memory.output_size_in_bytes - memory.alias_size_in_bytes,
                 memory.temp_size_in_bytes,
-                1 if function is _attend else 2,
+                2 if function is _conv else 1,
             )
         return jax.tree.map(lambda x: np.broadcast_to(np.ones((), x.dtype), x.shape), result)
 
