@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-ORDERS = ("raster", "windows", "hilbert-windows", "hilbert")
+ORDERS = ("raster", "windows", "hilbert-windows", "hilbert", "connected")
 
 
 def hilbert_rank(side: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -38,6 +38,43 @@ def hilbert_order(rows: int, columns: int) -> np.ndarray:
     return np.argsort(hilbert_rank(side, x, y)).astype(np.int32)
 
 
+def connected_order(rows: int, columns: int) -> np.ndarray:
+    """The cells of any grid along a curve like Hilbert's that goes from neighbour to neighbour (scale_dit.md §7.2).
+
+    It begins top left and ends on the end of the longer side.  Where an odd longer side meets an even shorter one,
+    parity allows no such curve and one step is diagonal.
+    """
+    wide, high = complex(columns), complex(0, rows)
+    cells = _strips(0j, wide, high) if columns >= rows else _strips(0j, high, wide)
+    return (cells.imag * columns + cells.real).round().astype(np.int32)
+
+
+def _strips(start: complex, along: complex, across: complex) -> np.ndarray:
+    """Cells (column + row j) of the rectangle that spans ``along`` and ``across``, ending at the end of ``along``."""
+    length, width = round(abs(along)), round(abs(across))
+    forward, sideways = along / length, across / width
+    if width == 1:
+        return start + forward * np.arange(length)
+    if length == 1:
+        return start + sideways * np.arange(width)
+    middle, side = length // 2, width // 2  # a strip is entered and left at the same end: it is an even number wide
+    if 2 * length > 3 * width:
+        middle += middle % 2 if length > 2 else 0
+        parts = (
+            (start, middle * forward, across),
+            (start + middle * forward, (length - middle) * forward, across),
+        )
+    else:
+        side += side % 2 if width > 2 else 0
+        corner = start + (length - 1) * forward + (side - 1) * sideways
+        parts = (
+            (start, side * sideways, middle * forward),
+            (start + side * sideways, along, (width - side) * sideways),
+            (corner, -side * sideways, -(length - middle) * forward),
+        )
+    return np.concatenate([_strips(*part) for part in parts])
+
+
 def order(rows: int, columns: int, window: int, kind: str) -> np.ndarray:
     """Tokens of a grid in an order.
 
@@ -46,7 +83,8 @@ def order(rows: int, columns: int, window: int, kind: str) -> np.ndarray:
         window: side of a window; both sides of the grid are multiples of it.
         kind: ``"raster"``; ``"windows"``, windows in raster order and raster inside each; ``"hilbert-windows"``,
             windows along the curve and raster inside each; ``"hilbert"``, all tokens along the curve, which keeps
-            windows whole where their side is a power of two.
+            windows whole where their side is a power of two; ``"connected"``, all tokens along a curve that never
+            jumps, which keeps no windows whole.
 
     Raises:
         ValueError: another kind, or partial windows.
@@ -57,6 +95,8 @@ def order(rows: int, columns: int, window: int, kind: str) -> np.ndarray:
         return np.arange(rows * columns, dtype=np.int32)
     if kind == "hilbert":
         return hilbert_order(rows, columns)
+    if kind == "connected":
+        return connected_order(rows, columns)
     if rows % window or columns % window:
         raise ValueError(f"{rows} x {columns} tokens are no whole number of windows of {window} x {window}")
     down, across = rows // window, columns // window

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sega_jax.layouts.hilbert import hilbert_order, hilbert_rank, order
+from sega_jax.layouts.hilbert import connected_order, hilbert_order, hilbert_rank, order
 
 
 def numbers(text: str) -> list[int]:
@@ -18,6 +18,9 @@ SIX_BY_TEN = """0 1 11 10 20 30 31 21 22 32 33 23 13 12 2 3 4 14 15 5 6 7 17 16 
 47 57 56 53 43 42 52 51 41 40 50 59 58 48 49 39 38 28 29 19 18 8 9"""
 SIX_BY_TEN_RANKS = """0 1 14 15 16 19 20 21 58 59 / 3 2 13 12 17 18 23 22 57 56 / 4 7 8 11 30 29 24 25 54 55 /
 5 6 9 10 31 28 27 26 53 52 / 46 45 42 41 32 35 36 37 50 51 / 47 44 43 40 33 34 39 38 49 48"""
+
+SIX_BY_TEN_CONNECTED = """0 10 11 1 2 12 22 32 31 21 20 30 40 50 51 41 42 52 53 43 44 54 55 45 35 25 24 34 33 23 13 3
+4 14 15 5 6 7 17 16 26 27 37 36 46 56 57 47 48 58 59 49 39 38 28 29 19 18 8 9"""
 
 
 def test_tables():
@@ -57,6 +60,22 @@ def test_other_grids_jump_where_the_square_is_left(rows, columns, jumps, longest
     jumped = steps(hilbert_order(rows, columns), columns)
     assert (jumped > 1).sum() == jumps
     assert longest in (None, jumped.max())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 10), (24, 24), (9, 16), (5, 7), (7, 5), (1, 5), (90, 160)])
+def test_a_connected_order_never_jumps(rows, columns):
+    visits = connected_order(rows, columns)
+    assert sorted(visits.tolist()) == list(range(rows * columns))
+    assert (steps(visits, columns) == 1).all()
+    assert visits[0] == 0
+    assert order(rows, columns, 16, "connected").tolist() == visits.tolist()
+    if (rows, columns) == (6, 10):
+        assert visits.tolist() == numbers(SIX_BY_TEN_CONNECTED)
+
+
+def test_a_connected_order_that_parity_forbids_has_one_diagonal_step():
+    far = steps(connected_order(15, 12), 12)
+    assert sorted(far)[-2:] == [1, 2]
 
 
 @pytest.mark.parametrize("side", [48, 384])

@@ -114,7 +114,7 @@ def test_paper_mask_does_not_depend_on_the_order():  # §17.8 a
     ropes = {"image": dict.fromkeys(("text", "image"), plain(grid))}
     outs = [
         attend(x, x, x, bind(ScaleDiT(mask="paper", semantics=s, ordering=o, block=(8, 8)).calls(grid), ropes))
-        for o, s in (("windows", "block"), ("hilbert", "exact"), ("raster", "exact"))
+        for o, s in (("windows", "block"), ("hilbert", "exact"), ("raster", "exact"), ("connected", "exact"))
     ]
     for other in outs[1:]:
         for name in sizes:
