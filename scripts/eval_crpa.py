@@ -1,66 +1,77 @@
-"""CRPA against its baselines on the demo model: velocity errors, prompt accuracy, seams, seconds, FLOPs."""
+"""CRPA against its baselines on the demo model: velocity errors, prompt accuracy, seams, seconds, FLOPs.
+
+python scripts/eval_crpa.py --side 384
+python scripts/eval_crpa.py --side 768 --levels 3 --count 32 --among 64 --pictures 0.3
+
+A table that exists goes on where it was.  ``--page FILE`` writes both tables into a page, between its marks.
+"""
 
 import argparse
 import json
 from pathlib import Path
 
-from sega_jax.evaluation import regions
+from sega_jax.evaluation import compare, contest, regions
+from sega_jax.images import Image
 from sega_jax.pipeline import Pipeline
 from sega_jax.provenance import provenance
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--side", type=int, default=512, help="pixels of the finest level")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/crpa-nano.json"), help="table as JSON")
+    parser.add_argument("--side", type=int, default=384, help="pixels of the finest level")
     parser.add_argument("--levels", type=int, default=2)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.15, 0.3, 0.6])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.15, 0.3, 0.6], help="of velocity errors")
     parser.add_argument("--positional", default="none")
     parser.add_argument("--states", type=int, default=64, help="states of the velocity error, four per picture")
-    parser.add_argument("--pictures", type=int, default=0, help="pictures per layout for accuracy and seams")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--pictures", type=float, nargs="*", default=[0.15, 0.3, 0.6], help="shares of pictures")
+    parser.add_argument("--bare", type=float, nargs="*", default=[0.3], help="shares also made without a fine stage")
+    parser.add_argument("--count", type=int, default=64, help="prompts")
+    parser.add_argument("--among", type=int, help="prompts that these are the first of")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--known", type=Path, nargs="*", default=[], help="tables to take finished rows from")
     parser.add_argument("--time", action="store_true", help="only seconds of a mixed step over those of a full one")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    parser.add_argument("--page", type=Path, help="Markdown page with marks of the tables")
+    parser.add_argument("--sheet", type=Path, help="PNG to draw, with --prompts")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[0, 1, 2], help="numbers of prompts")
     options = parser.parse_args()
-
     pipe = Pipeline.from_pretrained(options.model)
-    extra = f"levels={options.levels}, " if options.levels != 2 else ""
-    layouts = {name: text.replace("crpa(", f"crpa({extra}") for name, text in regions.LAYOUTS.items()}
-    table = {"options": {name: str(value) for name, value in vars(options).items()}, "velocity": [], "pictures": []}
+    among = options.among or options.count
 
-    def save() -> None:
-        options.out.write_text(json.dumps(table | provenance(), indent=1) + "\n")
+    def layout(text: str) -> str:
+        return text.replace("crpa(", f"crpa(levels={options.levels}, ") if options.levels != 2 else text
 
     if options.time:
-        cases = [(text, f"center:{share}") for share in options.shares for text in ("crpa", layouts["crpa"])]
-        table = {"options": table["options"], "steps": regions.step_times(pipe, options.side, layouts=cases)}
-        print(json.dumps(table["steps"], indent=1), flush=True)
-        save()
+        cases = [(text, f"center:{share}") for share in options.shares for text in ("crpa()", regions.LAYOUTS["crpa"])]
+        rows = regions.step_times(pipe, options.side, layouts=[(layout(text), share) for text, share in cases])
+        print(json.dumps(rows, indent=1), flush=True)
+        compare.save(options.out, {"side": options.side, "steps": rows, **provenance()})
         return
-    for share in options.shares:
+    cases = contest.crpa(options.pictures, options.levels, options.positional, options.bare)
+    if options.sheet is not None:
+        shown = contest.sheet(
+            pipe, cases, options.side, prompts=options.prompts, among=among, steps=options.steps, shown=192
+        )
+        Image(shown).save(options.sheet)
+        return
+    table = contest.run(
+        pipe, options.out, cases if options.count else {}, side=options.side, count=options.count, among=among,
+        steps=options.steps, known=options.known, report=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    done = {(row["side"], row["positional"], row["states"], row["model"]) for row in table.get("velocity", [])}
+    if options.states and (options.side, options.positional, options.states, contest.identity(pipe)) not in done:
         rows = regions.velocity_errors(
-            pipe, options.side, shares=[share], layouts=layouts, positional=options.positional,
-            pictures=options.states // 4, batch=options.batch,
+            pipe, options.side, shares=options.shares, positional=options.positional, pictures=options.states // 4,
+            layouts={name: layout(text) for name, text in regions.LAYOUTS.items()},
         )  # fmt: skip
-        for row in rows:
-            print(f"{row['layout']:6} share {share:.2f} level {row['level']}: error {row['error']:.5f}", flush=True)
-        table["velocity"] += rows
-        save()
-    if options.pictures:
-        cases = [("dense", None)]
-        for share in options.shares:
-            wide = [f"crpa(levels={options.levels})", f"crpa(levels={options.levels}, pad_fine=0, pad_coarse=0)"]
-            wide += [f"crpa(levels={options.levels}, positions='{p}')" for p in ("pi-lr", "pi-hr")]
-            cases += [(layout, f"center:{share}") for layout in wide]
-        for layout, chosen in cases:
-            row = regions.pictures(
-                pipe, options.side, layout=layout, regions=chosen, positional=options.positional,
-                count=options.pictures, steps=options.steps, batch=options.batch,
-            )  # fmt: skip
-            print(row, flush=True)
-            table["pictures"].append(row)
-            save()
+        shared = {"side": options.side, "positional": options.positional, "model": contest.identity(pipe)}
+        table["velocity"] = table.get("velocity", []) + [{**shared, **row} for row in rows]
+        compare.save(options.out, table)
+    print(regions.summarize(table.get("velocity", [])))
+    if options.page is not None:
+        contest.write_into(options.page, "velocities", regions.summarize(table["velocity"]))
+        contest.write_into(options.page, "pictures", contest.summarize(table))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,46 @@
 """ScaleDiff on nano: quality, seams and seconds of the ladder against direct generation, ablations, MultiDiffusion.
 
-python scripts/eval_scalediff.py --out benchmarks/scalediff-nano.json --sides 512 1024 --count 100
+python scripts/eval_scalediff.py --side 384
+python scripts/eval_scalediff.py --side 768
+
+A table that exists goes on where it was.  ``--page FILE`` writes it into a page, between its marks.
 """
 
 import argparse
 from pathlib import Path
 
-from sega_jax.evaluation import climbing
+from sega_jax.evaluation import contest
+from sega_jax.images import Image
 from sega_jax.pipeline import Pipeline
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--out", type=Path, required=True, help="table as JSON; a stopped run goes on from it")
-    parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024])
-    parser.add_argument("--cases", nargs="+", default=list(climbing.CASES), choices=list(climbing.CASES))
-    parser.add_argument("--count", type=int, default=100, help="prompts")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/scalediff-nano.json"), help="table as JSON")
+    parser.add_argument("--side", type=int, default=384, help="pixels, the trained side doubled as often as you like")
+    parser.add_argument("--cases", nargs="+", default=list(contest.SCALEDIFF), choices=list(contest.SCALEDIFF))
+    parser.add_argument("--count", type=int, default=64, help="prompts")
+    parser.add_argument("--among", type=int, help="prompts that these are the first of")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--known", type=Path, nargs="*", default=[], help="tables to take finished rows from")
+    parser.add_argument("--page", type=Path, help="Markdown page with <!-- table --> marks")
+    parser.add_argument("--sheet", type=Path, help="PNG to draw, with --prompts")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[0, 1, 2], help="numbers of prompts")
     args = parser.parse_args()
-    table = climbing.run(
-        Pipeline.from_pretrained(args.model),
-        args.out,
-        cases=args.cases,
-        sides=args.sides,
-        count=args.count,
-        steps=args.steps,
-    )
-    print(climbing.summarize(table))
+    pipe = Pipeline.from_pretrained(args.model)
+    cases = {name: contest.SCALEDIFF[name] for name in args.cases}
+    among = args.among or args.count
+    if args.sheet is not None:
+        shown = contest.sheet(pipe, cases, args.side, prompts=args.prompts, among=among, steps=args.steps, shown=192)
+        Image(shown).save(args.sheet)
+        return
+    table = contest.run(
+        pipe, args.out, cases, side=args.side, count=args.count, among=among, steps=args.steps, known=args.known,
+        report=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    if args.page is not None:
+        contest.write_into(args.page, "table", contest.summarize(table, list(contest.SCALEDIFF)))
 
 
 if __name__ == "__main__":

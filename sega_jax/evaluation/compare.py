@@ -69,8 +69,13 @@ def draw(
 def truth(count: int, side: int, seed: int) -> tuple[list[Scene], np.ndarray]:
     """The scenes of the first ``count`` unseen prompts, rendered with the jitter of ``seed``."""
     scenes = [scene for scene, _ in accuracy.unseen_prompts(count)]
+    return scenes, render_scenes(scenes, side, seed)
+
+
+def render_scenes(scenes: Sequence[Scene], side: int, seed: int) -> np.ndarray:
+    """Rendered truth uint8 [N, side, side, 3] with the jitter of ``seed``."""
     rng = np.random.default_rng((seed, side))
-    return scenes, np.stack([render.render(scene, side, side, rng) for scene in scenes])
+    return np.stack([render.render(scene, side, side, rng) for scene in scenes])
 
 
 @functools.cache
@@ -80,11 +85,14 @@ def _truth_features(count: int, side: int, repeats: int) -> tuple[np.ndarray, ..
 
 def distances(pictures: np.ndarray, side: int, repeats: int = 4) -> dict[str, float]:
     """Fréchet distance to truth of the same scenes, and truth against truth at the same size (mean of ``repeats``)."""
-    references = _truth_features(len(pictures), side, repeats)
-    made = metrics.features(pictures)
+    return distance(metrics.features(pictures), _truth_features(len(pictures), side, repeats))
+
+
+def distance(made: np.ndarray, references: Sequence[np.ndarray]) -> dict[str, float]:
+    """Fréchet distance of features to those of several truths, the first of these to the others, and the ratio."""
     own = np.mean([metrics.frechet(references[0], other) for other in references[1:]])
-    distance = np.mean([metrics.frechet(made, other) for other in references])
-    return {"frechet": float(distance), "truth": float(own), "ratio": float(distance / own)}
+    mean = np.mean([metrics.frechet(made, other) for other in references])
+    return {"frechet": float(mean), "truth": float(own), "ratio": float(mean / own)}
 
 
 def run(

@@ -14,7 +14,7 @@ import numpy as np
 from sega_jax.layouts.mixed import arrange, core, level_name, up
 from sega_jax.layouts.regions import parse_regions
 from sega_jax.named_layouts import get_layout
-from sega_jax.nano import accuracy, check, render
+from sega_jax.nano import accuracy, render
 from sega_jax.pipeline import Pipeline
 from sega_jax.sampling.regions import PATCH, Canvases, block_mean, noises, step_flops
 
@@ -119,15 +119,33 @@ def velocity_errors(
     return rows
 
 
-def boundary_energy(pictures: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Energy of steps between neighbouring pixels across the boundary of regions over that next to it, f64 [N].
+def summarize(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Velocity errors in Markdown: a line per size, method, share and layout; finest tokens (inside) first."""
+    levels = max((row["level"] for row in rows), default=1) + 1
+    names = ["inside", *(f"level {level}" for level in range(1, levels - 1)), "outside"]
+    titles = ("pixels", "positional", "share", "layout", *names, "states")
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    found: dict[tuple, dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in ("side", "positional", "share", "layout")), {})[row["level"]] = row
+    for (side, positional, share, layout), each in found.items():
+        middle = [f"{each[level]['error']:.4f}" if level < max(each) else "" for level in range(1, levels - 1)]
+        cells = [f"{each[0]['error']:.4f}", *middle, f"{each[max(each)]['error']:.4f}", str(each[0]["states"])]
+        lines.append("| " + " | ".join([str(side), f"`{positional}`", f"{share:.0%}", layout, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def boundary_energies(pictures: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Energy of steps between neighbouring pixels across the boundary of regions, and next to it: f64 [N, 2].
+
+    Equal energies, summed over pictures, mean that there is no seam.
 
     Args:
         pictures: [N, H, W, C].
         levels: int [N or 1, h, w], level of the token at each fine place.
 
     Returns:
-        1 means no seam; "next to it" is within half a coarse token, so that the picture's content counts little.
+        Mean squares; "next to it" is within half a coarse token, so that the picture's content counts little.
     """
     pictures = np.asarray(pictures, np.float64)
     out = []
@@ -143,45 +161,8 @@ def boundary_energy(pictures: np.ndarray, levels: np.ndarray) -> np.ndarray:
                 near |= np.roll(seam, shift, axis) | np.roll(seam, -shift, axis)
             across.append(steps[seam])
             beside.append(steps[near & ~seam])
-        out.append(np.concatenate(across).mean() / max(np.concatenate(beside).mean(), 1e-12))
+        out.append([np.concatenate(across).mean(), np.concatenate(beside).mean()])
     return np.asarray(out)
-
-
-def pictures(
-    pipe: Pipeline, side: int, *, layout: str, regions: str | None, positional: str, count: int, steps: int, batch: int
-) -> dict[str, Any]:
-    """Prompt accuracy, seam energy, seconds and FLOPs of ``count`` unseen prompts.
-
-    ``seconds`` are of denoising, without the first batch, which compiles; with a single batch it is made twice.
-    """
-    cases = accuracy.unseen_prompts(count)
-    right, seams, seconds = [], [], []
-    starts = list(range(0, count, batch))
-    for number, first in enumerate(starts if len(starts) > 1 else starts * 2):
-        part = cases[first : first + batch]
-        result = pipe.generate(
-            [prompt for _, prompt in part], width=side, height=side, steps=steps, positional=positional,
-            layout=layout, regions=regions, batch_size=len(part), seed=first,
-        )  # fmt: skip
-        if number:
-            seconds.append(result.timings["denoise"] / len(part))
-        if number and len(starts) == 1:
-            break
-        made = np.stack([image.array for image in result.images])
-        right += [all(check.read(p).matches(scene).values()) for p, (scene, _) in zip(made, part, strict=True)]
-        if result.levels is not None:
-            seams += boundary_energy(made, result.levels).tolist()
-    plan = pipe.plan(cases[0][1], width=side, height=side, steps=steps, layout=layout, regions=regions)
-    return {
-        "layout": layout,
-        "regions": regions,
-        "accuracy": float(np.mean(right)),
-        "seam": float(np.mean(seams)) if seams else None,
-        "seconds": float(np.mean(seconds)),
-        "flops": plan.estimate and plan.estimate.flops,
-        "share_of_full": plan.estimate and plan.estimate.share,
-        "pictures": count,
-    }
 
 
 def step_times(pipe: Pipeline, side: int, *, layouts: Sequence[tuple[str, str]], repeats: int = 8) -> list[dict]:
