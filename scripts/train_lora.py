@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder of the run")
     parser.add_argument("--model", default="nano", help="pipeline folder, hub id or nano")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights and activations")
+    parser.add_argument("--mesh", help="devices, auto or sizes such as data=4,context=2")
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--data", type=Path, help="folder of pictures with .txt captions beside them or captions.jsonl")
     data.add_argument("--latents", type=Path, help="folder of encoded samples")
@@ -41,7 +42,7 @@ def main() -> None:
     def report(line: str) -> None:
         print(time.strftime("%H:%M:%S"), line, flush=True)
 
-    pipe = Pipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
+    pipe = Pipeline.from_pretrained(arguments.model, dtype=arguments.dtype, mesh=arguments.mesh)
     ratio, samples = recipe.windows().ratio, arguments.latents or arguments.work / "samples"
     if arguments.data is not None:
         lora_data.encode_folder(pipe, arguments.data, samples, tuple(arguments.size), ratio, recipe.seed, report)
@@ -52,6 +53,7 @@ def main() -> None:
     adapters = lora.train(
         recipe, parts.transformer, parts.rope, batches, arguments.work / "run",
         dtype=pipe.dtype, every=arguments.every, report=report, seconds=arguments.seconds,
+        mesh=pipe.mesh,
     )  # fmt: skip
     out = arguments.out or arguments.work / "lora.safetensors"
     save(out, adapters, recipe.tags())

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from sega_jax import positional as pe
 from sega_jax.families import Component
@@ -30,6 +31,8 @@ from sega_jax.models import adapters as lowrank
 from sega_jax.models.adapters import Adapters
 from sega_jax.models.flux import pack
 from sega_jax.sampling.guided import Guided, parse, steady
+from sega_jax.sharding.mesh import DATA, latent_sharding, put, sharding
+from sega_jax.sharding.rules import gathered
 from sega_jax.training.flow_matching import flow_matching_loss, sample_sigma
 from sega_jax.training.lora_data import Batch
 
@@ -142,10 +145,12 @@ def guidance_loss(
     guidance: float = 1.0,
     remat: bool = True,
     backend: str = "auto",
+    mesh: Mesh | None = None,
 ) -> Loss:
     """``loss(adapters, frozen, batch, key)``: mean squared error of the large picture's velocity.
 
-    Noise levels are ``sigmoid(normal)``, without a shift for size; the small picture is clean.
+    Noise levels are ``sigmoid(normal)``, without a shift for size; the small picture is clean.  On a mesh the pictures
+    of a batch lie along its data axis, their tokens along its context axis.
 
     Raises:
         ValueError: a positional method that follows the noise level: a batch has several.
@@ -156,6 +161,7 @@ def guidance_loss(
     def loss(adapted: Any, frozen: nnx.State, batch: Batch, key: jax.Array) -> jax.Array:
         model = nnx.merge(transformer, frozen)
         lowrank.attach(model, nnx.merge(adapters, adapted))
+        model = gathered(model, mesh)
         rows, height, width, _ = batch.image.shape
         grid = rope.grid(height // 2, width // 2, batch.text.shape[1])
         turned = {"image": method(grid, pe.Signals(sigma=jnp.zeros(()), step=jnp.zeros((), jnp.int32)))}
@@ -176,6 +182,7 @@ def guidance_loss(
                 streams=layout.streams(),
                 backend=backend,
                 remat=remat,
+                mesh=mesh,
             )["image"]
 
         return flow_matching_loss(velocity, clean, noise, sigma)
@@ -262,6 +269,13 @@ def start(recipe: Recipe, transformer: Component) -> tuple[nnx.GraphDef, TrainSt
     return graph, TrainState(jnp.zeros((), jnp.int32), params, optimizer)
 
 
+def laid(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A batch on a mesh: pictures along its data axis, rows of latents along its context axis; None leaves it alone."""
+    if mesh is None:
+        return batch
+    return Batch(*(put(x, latent_sharding(mesh, x.shape) if x.ndim == 4 else sharding(mesh, DATA)) for x in batch))
+
+
 def train(
     recipe: Recipe,
     transformer: Component,
@@ -273,12 +287,13 @@ def train(
     every: int = 100,
     report: Report = print,
     seconds: float | None = None,
+    mesh: Mesh | None = None,
 ) -> Adapters:
     """Train adapters, resuming from ``folder`` where it holds a run of this recipe.
 
     Args:
         recipe: of the run.
-        transformer: frozen weights; they are read and never written.
+        transformer: frozen weights; they are read and never written.  With a mesh they lie on it.
         rope: rotary geometry of the model.
         batches: the batch of a step, a pure function of its number.
         folder: of checkpoints, and of ``log.jsonl`` with one line per reported stretch.
@@ -286,11 +301,20 @@ def train(
         every: micro-batches between reports and checkpoints.
         report: receives one line of text at a time.
         seconds: stop after this time, at the next checkpoint.
+        mesh: devices; the adapters lie on all of them whole.  Another mesh gives other roundings, so a run that is to
+            be the same bit for bit goes on with the mesh it began with.
+
+    Raises:
+        ValueError: a batch that the mesh's data axis does not divide.
     """
+    if mesh is not None and recipe.batch % mesh.shape[DATA]:
+        raise ValueError(f"batch={recipe.batch}: the mesh has data={mesh.shape[DATA]}; expected a multiple of it")
     graph, state = start(recipe, transformer)
+    if mesh is not None:
+        state = jax.tree.map(lambda x: put(x, sharding(mesh)), state)
     loss = guidance_loss(
         transformer.graphdef, graph, recipe.windows(), pe.get(recipe.positional), rope,
-        dtype=dtype, guidance=recipe.guidance, remat=recipe.remat,
+        dtype=dtype, guidance=recipe.guidance, remat=recipe.remat, mesh=mesh,
     )  # fmt: skip
     step = make_step(loss, recipe.transformation(), recipe.seed)
     checkpoints = Checkpoints(folder, recipe)
@@ -301,7 +325,7 @@ def train(
         begun = last = time.perf_counter()
         history: list[dict[str, jax.Array]] = []
         for number in range(int(state.step), recipe.steps):
-            state, metrics = step(state, transformer.params, batches(number))
+            state, metrics = step(state, transformer.params, laid(batches(number), mesh))
             history.append(metrics)
             if (number + 1) % every and number + 1 != recipe.steps:
                 continue

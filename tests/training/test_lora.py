@@ -20,6 +20,8 @@ from sega_jax.geometry import RopeSpec
 from sega_jax.models import adapters as A
 from sega_jax.models.abstract import initialize
 from sega_jax.models.flux import Flux, FluxConfig
+from sega_jax.sharding.mesh import make_mesh
+from sega_jax.sharding.rules import place
 from sega_jax.training import lora, lora_data
 
 CONFIG = FluxConfig(
@@ -149,6 +151,25 @@ def test_prodigy_with_accumulation_and_bfloat16_weights(transformer, samples, tm
     )
     assert all(layer.a[...].dtype == jnp.float32 for layer in adapters.layers().values())
     assert max(float(np.abs(layer.b[...]).max()) for layer in adapters.layers().values()) > 0
+
+
+def test_a_mesh_trains_the_same_adapters(transformer, samples, tmp_path):
+    recipe = lora.Recipe(
+        **{**TINY, "steps": 2, "optimizer": "adamw", "rate": 1e-2, "layout": "scale-dit(adapt='flux1')"}
+    )
+    alone = train(recipe, transformer, samples, tmp_path / "alone")
+    mesh = make_mesh(jax.devices()[:4], data=2, context=2)
+    spread = Component(transformer.graphdef, place(transformer.params, mesh))
+    together = train(recipe, spread, samples, tmp_path / "mesh", mesh=mesh)
+    for name, layer in alone.layers().items():
+        other = together.layers()[name]
+        for mine, theirs in ((layer.a[...], other.a[...]), (layer.b[...], other.b[...])):
+            assert len(theirs.sharding.device_set) == 4
+            np.testing.assert_allclose(mine, theirs, atol=2e-4, err_msg=name)
+    log = [json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[-1]) for run in ("alone", "mesh")]
+    assert log[1]["loss"] == pytest.approx(log[0]["loss"], rel=1e-5)
+    with pytest.raises(ValueError, match="batch=3: the mesh has data=2"):
+        train(dataclasses.replace(recipe, batch=3), spread, samples, tmp_path / "odd", mesh=mesh)
 
 
 def test_parameter_counts_of_flux():  # scale_dit.md §9
