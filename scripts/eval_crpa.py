@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--known", type=Path, nargs="*", default=[], help="tables to take finished rows from")
     parser.add_argument("--time", action="store_true", help="only seconds of a mixed step over those of a full one")
+    parser.add_argument("--heads", type=int, help="with --time: of a random transformer in the model's place")
     parser.add_argument("--page", type=Path, help="Markdown page with marks of the tables")
     parser.add_argument("--sheet", type=Path, help="PNG to draw, with --prompts")
     parser.add_argument("--prompts", type=int, nargs="+", default=[0, 1, 2], help="numbers of prompts")
@@ -44,9 +45,10 @@ def main() -> None:
 
     if options.time:
         cases = [(text, f"center:{share}") for share in options.shares for text in ("crpa()", regions.LAYOUTS["crpa"])]
-        rows = regions.step_times(pipe, options.side, layouts=[(layout(text), share) for text, share in cases])
+        cases = [(layout(text), share) for text, share in cases]
+        rows = regions.step_times(pipe, options.side, layouts=cases, heads=options.heads)
         print(json.dumps(rows, indent=1), flush=True)
-        compare.save(options.out, {"side": options.side, "steps": rows, **provenance()})
+        compare.save(options.out, {"side": options.side, "heads": options.heads, "steps": rows, **provenance()})
         return
     cases = contest.crpa(options.pictures, options.levels, options.positional, options.bare)
     if options.sheet is not None:

@@ -10,9 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from sega_jax.layouts.mixed import arrange, core, level_name, up
 from sega_jax.layouts.regions import parse_regions
+from sega_jax.models.abstract import initialize
+from sega_jax.models.flux import Flux
 from sega_jax.named_layouts import get_layout
 from sega_jax.nano import accuracy, render
 from sega_jax.pipeline import Pipeline
@@ -165,20 +168,28 @@ def boundary_energies(pictures: np.ndarray, levels: np.ndarray) -> np.ndarray:
     return np.asarray(out)
 
 
-def step_times(pipe: Pipeline, side: int, *, layouts: Sequence[tuple[str, str]], repeats: int = 8) -> list[dict]:
+def step_times(
+    pipe: Pipeline, side: int, *, layouts: Sequence[tuple[str, str]], heads: int | None = None, repeats: int = 8
+) -> list[dict]:
     """Seconds of a mixed step over those of a full one, measured, and as the FLOP model has it.
 
     Args:
         pipe: the demo model.
         side: pixels of the finest level.
         layouts: (layout expression, regions) of each row.
+        heads: of a transformer with random weights in the demo model's place, so wide that what a step costs beside
+            its operations counts little.
         repeats: full and mixed steps take turns; the fastest of each counts.
     """
     prompt = accuracy.unseen_prompts(1)[0][1]
     asked, grid = pipe.encode([prompt]), pipe.grid(side, side)
-    velocity, field = pipe.velocity(), pipe.noise(0, side, side)
-    runs = {("dense", ""): (velocity, field, None, 1.0)}
+    velocity, field, params = pipe.velocity(), pipe.noise(0, side, side), pipe.params
     config = pipe.parts.transformer_config
+    if heads is not None:
+        config = replace(config, heads=heads, double_layers=1, single_layers=2)
+        graphdef, params = nnx.split(initialize(lambda rngs: Flux(config, rngs=rngs)))
+        velocity = replace(velocity, graphdef=graphdef)
+    runs = {("dense", ""): (velocity, field, None, 1.0)}
     whole = step_flops(config, grid.tokens, grid.text_tokens, (grid.tokens + grid.text_tokens) ** 2)
     for name, regions in layouts:
         options = get_layout(name)
@@ -191,7 +202,7 @@ def step_times(pipe: Pipeline, side: int, *, layouts: Sequence[tuple[str, str]],
     for repeat in range(repeats + 1):
         for key, (model, latents, content, _) in runs.items():
             begun = time.perf_counter()
-            jax.block_until_ready(model.advance(pipe.params, latents, 0.5, asked, content=content))
+            jax.block_until_ready(model.advance(params, latents, 0.5, asked, content=content))
             if repeat:  # the first compiles
                 best[key] = min(best[key], time.perf_counter() - begun)
     full = best["dense", ""]
