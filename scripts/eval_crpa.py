@@ -8,7 +8,6 @@ A table that exists goes on where it was.  ``--page FILE`` writes both tables in
 
 import argparse
 import json
-from pathlib import Path
 
 from sega_jax.evaluation import compare, contest, regions
 from sega_jax.images import Image
@@ -18,24 +17,15 @@ from sega_jax.provenance import provenance
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/crpa-nano.json"), help="table as JSON")
-    parser.add_argument("--side", type=int, default=384, help="pixels of the finest level")
+    contest.add_options(parser, "benchmarks/crpa-nano.json", 384)
     parser.add_argument("--levels", type=int, default=2)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.15, 0.3, 0.6], help="of velocity errors")
     parser.add_argument("--positional", default="none")
     parser.add_argument("--states", type=int, default=64, help="states of the velocity error, four per picture")
     parser.add_argument("--pictures", type=float, nargs="*", default=[0.15, 0.3, 0.6], help="shares of pictures")
     parser.add_argument("--bare", type=float, nargs="*", default=[0.3], help="shares also made without a fine stage")
-    parser.add_argument("--count", type=int, default=64, help="prompts")
-    parser.add_argument("--among", type=int, help="prompts that these are the first of")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--known", type=Path, nargs="*", default=[], help="tables to take finished rows from")
     parser.add_argument("--time", action="store_true", help="only seconds of a mixed step over those of a full one")
     parser.add_argument("--heads", type=int, help="with --time: of a random transformer in the model's place")
-    parser.add_argument("--page", type=Path, help="Markdown page with marks of the tables")
-    parser.add_argument("--sheet", type=Path, help="PNG to draw, with --prompts")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[0, 1, 2], help="numbers of prompts")
     options = parser.parse_args()
     pipe = Pipeline.from_pretrained(options.model)
     among = options.among or options.count

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import sega_jax as sj
-from sega_jax.evaluation import compare, curve
+from sega_jax.evaluation import compare, contest, curve
 from sega_jax.images import Image
 
 SHOWN = ("none", "ntk", "yarn", "dype-yarn", "sega")
@@ -54,11 +53,7 @@ def main() -> None:
         summary = compare.summarize(table)
         print(summary)
         if arguments.page is not None:
-            marked = re.compile(r"(<!-- table -->\n).*?(\n<!-- end of table -->)", re.DOTALL)
-            page = arguments.page.read_text()
-            if not marked.search(page):
-                raise SystemExit(f"{arguments.page} has no <!-- table --> and <!-- end of table --> marks")
-            arguments.page.write_text(marked.sub(lambda found: found[1] + summary + found[2], page))
+            contest.write_into(arguments.page, "table", summary)
     if arguments.sheet is not None:
         sides = [native, 2 * native, 4 * native]
         picture = compare.sheet(

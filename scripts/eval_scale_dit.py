@@ -17,18 +17,9 @@ from sega_jax.pipeline import Pipeline
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="nano")
+    contest.add_options(parser, "benchmarks/scale-dit-nano.json", 768)
     parser.add_argument("--lora", type=Path, help="LoRA of the guidance stream, from scripts/train_lora.py")
-    parser.add_argument("--side", type=int, default=768, help="pixels; four times the trained side")
     parser.add_argument("--cases", nargs="+", choices=list(contest.SCALE_DIT), help="default: all that can be made")
-    parser.add_argument("--count", type=int, default=64, help="prompts")
-    parser.add_argument("--among", type=int, help="prompts that these are the first of")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/scale-dit-nano.json"))
-    parser.add_argument("--known", type=Path, nargs="*", default=[], help="tables to take finished rows from")
-    parser.add_argument("--page", type=Path, help="Markdown page with <!-- table --> marks")
-    parser.add_argument("--sheet", type=Path, help="PNG to draw, with --prompts")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[0, 1, 2], help="numbers of prompts")
     args = parser.parse_args()
     pipe = Pipeline.from_pretrained(args.model)
     made = [name for name, case in contest.SCALE_DIT.items() if args.lora is not None or not case.lora]

@@ -7,7 +7,6 @@ A table that exists goes on where it was.  ``--page FILE`` writes it into a page
 """
 
 import argparse
-from pathlib import Path
 
 from sega_jax.evaluation import contest
 from sega_jax.images import Image
@@ -16,17 +15,8 @@ from sega_jax.pipeline import Pipeline
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/scalediff-nano.json"), help="table as JSON")
-    parser.add_argument("--side", type=int, default=384, help="pixels, the trained side doubled as often as you like")
+    contest.add_options(parser, "benchmarks/scalediff-nano.json", 384)
     parser.add_argument("--cases", nargs="+", default=list(contest.SCALEDIFF), choices=list(contest.SCALEDIFF))
-    parser.add_argument("--count", type=int, default=64, help="prompts")
-    parser.add_argument("--among", type=int, help="prompts that these are the first of")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--known", type=Path, nargs="*", default=[], help="tables to take finished rows from")
-    parser.add_argument("--page", type=Path, help="Markdown page with <!-- table --> marks")
-    parser.add_argument("--sheet", type=Path, help="PNG to draw, with --prompts")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[0, 1, 2], help="numbers of prompts")
     args = parser.parse_args()
     pipe = Pipeline.from_pretrained(args.model)
     cases = {name: contest.SCALEDIFF[name] for name in args.cases}

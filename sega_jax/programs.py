@@ -268,8 +268,7 @@ def decode(r: Picture, mode: str) -> Program:
     names = {"plain": "whole", "sharded": "exact, rows over all devices", "strips": "exact, in strips over the host"}
     program = Program("decode", names[mode], r.batch, r.closed.vae, estimate=r.closed.decode)
     if mode == "strips":  # one device works
-        program = replace(_counted(program, counts, replace(place.target, count=1)))
-        return _strips(program, r)
+        return _strips(_counted(program, counts, replace(place.target, count=1)), r)
     program = _counted(program, counts, place.target)
     if mode == "plain":
         arguments = (place.params(parts.vae), place.array(shape, jnp.float32))

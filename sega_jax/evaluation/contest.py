@@ -6,6 +6,7 @@ another table holds already is taken from there.  Every row holds its values per
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import re
@@ -250,6 +251,20 @@ def run(
 def _levels(pipe: Pipeline, case: Case, side: int) -> np.ndarray:
     layout = get_layout(case.layout)
     return levels_map(get_regions(case.regions).spread(layout.levels - 1).masks(pipe.grid(side, side)))
+
+
+def add_options(parser: argparse.ArgumentParser, out: str, side: int) -> None:
+    """Options that the scripts of every table share; ``out`` and ``side`` are their defaults."""
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--out", type=Path, default=Path(out), help="table as JSON")
+    parser.add_argument("--side", type=int, default=side, help="pixels: the trained side, doubled as often as you like")
+    parser.add_argument("--count", type=int, default=64, help="prompts")
+    parser.add_argument("--among", type=int, help="prompts that these are the first of")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--known", type=Path, nargs="*", default=[], help="tables to take finished rows from")
+    parser.add_argument("--page", type=Path, help="Markdown page with marks of the tables")
+    parser.add_argument("--sheet", type=Path, help="PNG to draw, with --prompts")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[0, 1, 2], help="numbers of prompts")
 
 
 # -- tables --------------------------------------------------------------------------------------------------------

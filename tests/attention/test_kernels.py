@@ -343,6 +343,19 @@ def test_weights_without_a_running_maximum(kernel, factor, dtype):
     check(*compiled(run, request), request, mask[None, None])
 
 
+def test_weights_of_float16_keep_to_its_range():
+    """A logit of 20 is far below the bound, but its exponential is more than float16 holds."""
+    rng = np.random.default_rng(12)
+    direction = rng.standard_normal(16)
+    direction *= np.sqrt(20.0) / np.linalg.norm(direction)
+    q, k = (np.outer(rng.uniform(0.9, 1.0, n), direction).reshape(1, n, 1, 16) for n in (5, 7))
+    q, k, v = (jnp.asarray(x, jnp.float16) for x in (q, k, rng.standard_normal((1, 7, 1, 16))))
+    out, lse = compiled(xla.run, Request(q, k, v, 1.0))
+    expected, expected_lse = oracle(q, k, v, 1.0, np.ones((1, 1, 5, 7), bool))
+    np.testing.assert_allclose(out, expected, atol=5e-3)
+    np.testing.assert_allclose(lse, expected_lse, atol=5e-3)
+
+
 def test_an_unknown_length_takes_the_exact_softmax():
     q = jnp.ones((1, 3, 4, 64)).at[0, 1, 3].set(jnp.nan)
     assert tpu._bounded(q, jnp.ones((1, 2, 4, 64)), 0.1, 2).tolist() == [[1, 0]]

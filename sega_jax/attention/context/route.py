@@ -34,7 +34,7 @@ from sega_jax.sharding.mesh import CONTEXT, DATA, TENSOR
 
 SCHEMES = ("ulysses", "ring", "product")
 PADDING = 1 / 8  # share of padded heads up to which Ulysses is preferred
-RING_BYTES = 2**28  # float32 partial results of a ring that are in flight at once, per array
+RING_BYTES = 2**26  # float32 partial results of a ring that are in flight at once, per array
 
 Streams = Mapping[str, jax.Array]
 Local = Callable[[Streams, Streams, Streams, tuple[Call, ...], str], dict[str, jax.Array]]

@@ -47,7 +47,7 @@ class Plan:
         scores: number of scores in flight.
         keys: longest key chunk of a dense call.
         fetch: most keys fetched together under a block map.
-        cubic: bfloat16 weights by `_cubic_exponential` instead of XLA's exponential.
+        cubic: bfloat16 weights by `_cubic_power` instead of XLA's exponential.
     """
 
     separate: bool
@@ -103,8 +103,13 @@ def _bounded_weights(scores: jax.Array, mask: jax.Array | None, scale: float, dt
     return weights if mask is None else jnp.where(mask, weights, jnp.zeros((), dtype))
 
 
-def _bounded(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
-    """Whether no logit of queries [Nq, D] and keys [Nk, D] can exceed `LIMIT` (a NaN says no)."""
+def _bounded(q: jax.Array, k: jax.Array, scale: float) -> jax.Array | bool:
+    """Whether no logit of queries [Nq, D] and keys [Nk, D] can exceed `LIMIT` (a NaN says no).
+
+    Never in float16, which ends at e^11.
+    """
+    if jnp.finfo(q.dtype).maxexp < jnp.finfo(jnp.float32).maxexp:
+        return False
 
     def longest(x: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.square(x.astype(accumulator(x.dtype))).sum(-1).max())
