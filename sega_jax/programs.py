@@ -196,12 +196,11 @@ def encode(r: Picture) -> Program:
     """Both text encoders, all prompts of a batch."""
     parts, place = r.parts, r.place
     clip_length, t5_length = text_length(parts)
-    texts = r.batch * (2 if r.guided else 1)
     arguments = (
         place.params(parts.clip),
         place.params(parts.t5),
-        place.array((texts, clip_length), jnp.int32),
-        place.array((texts, t5_length), jnp.int32),
+        place.array((r.rows, clip_length), jnp.int32),
+        place.array((r.rows, t5_length), jnp.int32),
     )
     statics = {"clip": parts.clip.graphdef, "t5": parts.t5.graphdef, "dtype": r.dtype}
     program = Program("encode", "T5 and CLIP", 1, r.closed.encoders, estimate=r.closed.encode)
