@@ -126,6 +126,7 @@ class _Visits:
         chunks: number of query chunks.
         start: chunk -> its first query.
         steps: ``(i, length) -> number of steps`` of chunk i (may be traced).
+        whole: ``(i, length) -> number of leading steps`` in which every query sees every key (may be traced).
         take: ``(x [Nk, D], i, j) -> [chunk_k, D]``, the keys of step j.
         add: ``(x, i, j, update) -> x`` with the update added where `take` reads.
         mask: ``(i, j, length) -> bool`` broadcastable to [chunk_q, chunk_k], or None for all; length i32 or None.
@@ -135,6 +136,7 @@ class _Visits:
     chunks: int
     start: Callable
     steps: Callable
+    whole: Callable
     take: Callable
     add: Callable
     mask: Callable
@@ -166,8 +168,6 @@ def _dense_visits(queries: int, keys: int, planes: int, plan: Plan) -> _Visits:
 
     def mask(i, j, length):
         del i
-        if chunk_k * steps == keys and length is None:
-            return None
         position = (start_k(j) + jnp.arange(chunk_k))[None, :]
         visible = position >= j * chunk_k
         return visible if length is None else visible & (position < length)
@@ -176,7 +176,14 @@ def _dense_visits(queries: int, keys: int, planes: int, plan: Plan) -> _Visits:
         del i
         return steps if length is None else jnp.minimum(steps, -(-length // chunk_k))
 
-    return _Visits(chunk_q, chunks, lambda i: jnp.minimum(i * chunk_q, queries - chunk_q), count, take, add, mask)
+    def whole(i, length):
+        del i
+        return (keys if length is None else jnp.minimum(keys, length)) // chunk_k
+
+    def start_q(i):
+        return jnp.minimum(i * chunk_q, queries - chunk_q)
+
+    return _Visits(chunk_q, chunks, start_q, count, whole, take, add, mask)
 
 
 def _together(blocks: BlockMap, plan: Plan) -> int:
@@ -189,14 +196,19 @@ def _together(blocks: BlockMap, plan: Plan) -> int:
 
 
 def _sparse_visits(blocks: BlockMap, keys: int, plan: Plan) -> _Visits:
-    """``plan.fetch`` keys are fetched together; of ``keys``, those that pad the last block are never seen."""
+    """``plan.fetch`` keys are fetched together, whole blocks first; of ``keys``, those that pad the last block are
+    never seen."""
     rows, width = blocks.columns.shape
     side = blocks.block_k
     group = max(1, min(width, plan.fetch // side))
+    columns, pattern, counts = (jnp.asarray(x) for x in (blocks.columns, blocks.pattern, blocks.count))
+    partial_block = (pattern > 0) | ((columns + 1) * side > keys)
+    rank = jnp.where(jnp.arange(width)[None, :] < counts[:, None], partial_block.astype(jnp.int32), 2)
+    first = jnp.argsort(rank, axis=1, stable=True)
     extra = ((0, 0), (0, -width % group))
-    columns = jnp.pad(jnp.asarray(blocks.columns), extra)
-    pattern = jnp.pad(jnp.asarray(blocks.pattern), extra)
-    counts = jnp.asarray(blocks.count)
+    columns = jnp.pad(jnp.take_along_axis(columns, first, 1), extra)
+    pattern = jnp.pad(jnp.take_along_axis(pattern, first, 1), extra)
+    whole_steps = (rank == 0).sum(1) // group
     distinct = len(blocks.patterns)
     patterns = jnp.concatenate([jnp.ones((1, blocks.block_q, side), bool), jnp.asarray(blocks.patterns)])
 
@@ -226,7 +238,10 @@ def _sparse_visits(blocks: BlockMap, keys: int, plan: Plan) -> _Visits:
         del length
         return -(-counts[i] // group)
 
-    return _Visits(blocks.block_q, rows, lambda i: i * blocks.block_q, count, take, add, mask)
+    def whole(i, length):
+        return whole_steps[i] if length is None else 0
+
+    return _Visits(blocks.block_q, rows, lambda i: i * blocks.block_q, count, whole, take, add, mask)
 
 
 def _product(x: jax.Array, y: jax.Array, contract: tuple[int, int], wide) -> jax.Array:
@@ -263,15 +278,15 @@ def _sweep(q, k, v, length, visits: _Visits, scale: float, plan: Plan, *, bounde
         def attended(weights, j):
             return _product(weights, visits.take(v, i, j), (1, 0), wide), weights.astype(wide).sum(-1)
 
-        def bounded_step(j, state):
+        def bounded_step(mask, j, state):
             acc, total, maximum = state
             scores = _product(q_chunk, visits.take(k, i, j), (1, 1), wide)
-            update, mass = attended(_bounded_weights(scores, visits.mask(i, j, length), scale, dtype, plan), j)
+            update, mass = attended(_bounded_weights(scores, mask(j), scale, dtype, plan), j)
             return acc + update, total + mass, maximum
 
-        def step(j, state):
+        def step(mask, j, state):
             acc, total, maximum = state
-            scores = _scores(q_chunk, visits.take(k, i, j), visits.mask(i, j, length), wide)
+            scores = _scores(q_chunk, visits.take(k, i, j), mask(j), wide)
             highest = jnp.maximum(maximum, scores.max(-1))
             shift = jnp.where(jnp.isneginf(highest), 0.0, highest)
             keep = jnp.exp((maximum - shift) * scale)
@@ -280,8 +295,10 @@ def _sweep(q, k, v, length, visits: _Visits, scale: float, plan: Plan, *, bounde
 
         start = jnp.full((size,), 0.0 if bounded else -jnp.inf, wide)
         state = jnp.zeros((size, width), wide), jnp.zeros((size,), wide), start
-        steps = visits.steps(i, length)
-        acc, total, maximum = jax.lax.fori_loop(0, steps, bounded_step if bounded else step, state)
+        one, whole = (bounded_step if bounded else step), visits.whole(i, length)
+        state = jax.lax.fori_loop(0, whole, partial(one, lambda j: None), state)
+        edge = partial(one, lambda j: visits.mask(i, j, length))
+        acc, total, maximum = jax.lax.fori_loop(whole, visits.steps(i, length), edge, state)
         empty = total == 0
         safe = jnp.where(empty, 1.0, total)
         out = _raw((acc / safe[:, None]).astype(dtype))
