@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--states", type=int, default=64, help="states of the velocity error, four per picture")
     parser.add_argument("--pictures", type=float, nargs="*", default=[0.15, 0.3, 0.6], help="shares of pictures")
     parser.add_argument("--bare", type=float, nargs="*", default=[0.3], help="shares also made without a fine stage")
+    parser.add_argument("--seams", type=float, nargs="*", default=[], help="shares of one-step seams (two levels)")
     parser.add_argument("--time", action="store_true", help="only seconds of a mixed step over those of a full one")
     parser.add_argument("--heads", type=int, help="with --time: of a random transformer in the model's place")
     options = parser.parse_args()
@@ -60,9 +61,18 @@ def main() -> None:
         shared = {"side": options.side, "positional": options.positional, "model": contest.identity(pipe)}
         table["velocity"] = table.get("velocity", []) + [{**shared, **row} for row in rows]
         compare.save(options.out, table)
+    known = {(row["side"], row["share"], row["model"]) for row in table.get("seams", [])}
+    for share in options.seams:
+        shared = {"side": options.side, "share": share, "model": contest.identity(pipe), "pictures": 16}
+        if (options.side, share, shared["model"]) not in known:
+            rows = regions.seams_of_estimates(pipe, options.side, share=share, pictures=shared["pictures"])
+            table["seams"] = table.get("seams", []) + [{**shared, **row} for row in rows]
+            compare.save(options.out, table)
     print(regions.summarize(table.get("velocity", [])))
+    print(regions.summarize_seams(table.get("seams", [])))
     if options.page is not None:
         contest.write_into(options.page, "velocities", regions.summarize(table["velocity"]))
+        contest.write_into(options.page, "seams", regions.summarize_seams(table.get("seams", [])))
         contest.write_into(options.page, "pictures", contest.summarize(table))
 
 

@@ -19,7 +19,16 @@ from sega_jax.models.flux import Flux
 from sega_jax.named_layouts import get_layout
 from sega_jax.nano import accuracy, render
 from sega_jax.pipeline import Pipeline
-from sega_jax.sampling.regions import PATCH, Canvases, block_mean, noises, step_flops
+from sega_jax.sampling.regions import (
+    PATCH,
+    RESIZERS,
+    Canvases,
+    block_mean,
+    composite,
+    levels_map,
+    noises,
+    step_flops,
+)
 
 # Without bands for velocities: there every token is compared.
 LAYOUTS = {
@@ -44,6 +53,17 @@ def canvases(clean: jax.Array, noise: Canvases, sigma: float) -> Canvases:
         out[name] = (1 - sigma) * clean + sigma * field
         clean = block_mean(clean)
     return out
+
+
+def _squares(got: Canvases, alone: Canvases, masks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Squared differences and squares of the reference, summed over the content of each level: f64 [2] a level."""
+    sums = []
+    for level, mask in enumerate(core(masks)):
+        inside = np.asarray(up(mask, PATCH))[..., None]
+        reference = np.asarray(alone[level_name(level)], np.float64)
+        difference = np.square(np.asarray(got[level_name(level)], np.float64) - reference)
+        sums.append(np.array([(difference * inside).sum(), (np.square(reference) * inside).sum()]))
+    return sums
 
 
 def velocity_errors(
@@ -98,12 +118,8 @@ def velocity_errors(
                     content = arrange(tuple(map(jnp.asarray, masks)), mixed)
                     own = {level_name(level): part[level_name(level)] for level in range(options.levels)}
                     got, _ = replace(velocity, layout=mixed).advance(pipe.params, own, sigma, asked, content=content)
-                    for level, mask in enumerate(core(masks)):
-                        inside = np.asarray(up(mask, PATCH))[..., None]
-                        reference = np.asarray(alone[level_name(level)])
-                        difference = np.square(np.asarray(got[level_name(level)]) - reference)
+                    for level, found in enumerate(_squares(got, alone, masks)):
                         key = (name, share, level, sigma)
-                        found = np.array([(difference * inside).sum(), (np.square(reference) * inside).sum()])
                         sums[key] = sums.get(key, np.zeros(2)) + found
     rows = []
     for name, share, level in dict.fromkeys(key[:3] for key in sums):
@@ -135,6 +151,76 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> str:
         middle = [f"{each[level]['error']:.4f}" if level < max(each) else "" for level in range(1, levels - 1)]
         cells = [f"{each[0]['error']:.4f}", *middle, f"{each[max(each)]['error']:.4f}", str(each[0]["states"])]
         lines.append("| " + " | ".join([str(side), f"`{positional}`", f"{share:.0%}", layout, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def seams_of_estimates(
+    pipe: Pipeline,
+    side: int,
+    *,
+    share: float,
+    sigmas: Sequence[float] = (0.9, 0.6, 0.3),
+    pictures: int = 16,
+    batch: int = 4,
+) -> list[dict[str, Any]]:
+    """Seams of clean pictures estimated in one step of two levels, with and without exchange across the boundary.
+
+    The third case, ``"spliced"``, takes each side from the single-resolution model of its level: what a mixed model
+    without any error of its own would give.
+
+    Args:
+        pipe: the demo model.
+        side: pixels of the fine level.
+        share: of the area that a centred region refines.
+        sigmas: noise levels.
+        pictures: number of rendered pictures, noised.
+        batch: pictures per model call.
+
+    Returns:
+        Rows with sigma, case, seam (energy of steps across the boundary over that beside it, `boundary_energies`),
+        and the velocities' relative squared errors ``inside`` and ``outside``.
+    """
+    cases = {"exchange": "crpa", "no exchange": LAYOUTS["crpa"], "spliced": None}
+    prompts, clean = truth(pipe, pictures, side)
+    conditioning = pipe.encode(prompts)
+    fields, grid = noises(pipe.noise(0, side, side, range(pictures)), 2), pipe.grid(side, side)
+    masks = parse_regions(f"center:{share}").spread(1).masks(grid)
+    refined, shown = tuple(map(jnp.asarray, masks)), levels_map(masks)
+    velocity = pipe.velocity()
+    rows = []
+    for sigma in sigmas:
+        x = canvases(clean, fields, sigma)
+        energies, errors = {case: np.zeros(2) for case in cases}, {case: np.zeros((2, 2)) for case in cases}
+        for first in range(0, pictures, batch):
+            part = {name: canvas[first : first + batch] for name, canvas in x.items()}
+            asked = jax.tree.map(lambda a, first=first: a[first : first + batch] if a.ndim else a, conditioning)
+            alone = {name: velocity(pipe.params, canvas, sigma, asked) for name, canvas in part.items()}
+            for case, layout in cases.items():
+                got = alone
+                if layout is not None:
+                    mixed = get_layout(layout).mixed(masks, grid)
+                    model = replace(velocity, layout=mixed)
+                    got, _ = model.advance(pipe.params, part, sigma, asked, content=arrange(refined, mixed))
+                estimate = {name: canvas - sigma * got[name] for name, canvas in part.items()}
+                whole = composite(estimate, refined, RESIZERS["bicubic"])[level_name(0)]
+                energies[case] += boundary_energies(pipe.decode(whole), shown).sum(0)
+                errors[case] += _squares(got, alone, masks)
+        for case in cases:
+            across, beside = energies[case]
+            inside, outside = errors[case][:, 0] / errors[case][:, 1]
+            row = {"sigma": sigma, "case": case, "seam": across / beside, "inside": inside, "outside": outside}
+            rows.append({name: value if name == "case" else float(value) for name, value in row.items()})
+    return rows
+
+
+def summarize_seams(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`seams_of_estimates` in Markdown: a line per size, share, noise level and case."""
+    names = ("side", "share", "sigma", "case", "seam", "inside", "outside", "pictures")
+    lines = ["| pixels | " + " | ".join(names[1:]) + " |", "|---" * len(names) + "|"]
+    for row in rows:
+        cells = (row["side"], f"{row['share']:.0%}", row["sigma"], row["case"], f"{row['seam']:.2f}")
+        errors = (f"{row[name]:.4f}" for name in ("inside", "outside"))
+        lines.append("| " + " | ".join(map(str, (*cells, *errors, row["pictures"]))) + " |")
     return "\n".join(lines)
 
 

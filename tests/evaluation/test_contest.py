@@ -79,3 +79,17 @@ def test_errors_as_a_table():
         "| 384 | `none` | 30% | crpa | 0.1000 | 0.2000 | 64 |",
         "| 384 | `none` | 30% | pi-lr | 0.3000 | 0.4000 | 64 |",
     ]
+
+
+def test_seams_of_one_step():
+    """Spliced is the single-resolution models themselves; exchange brings a mixed step nearer to them."""
+    pipe = sj.Pipeline.from_pretrained("nano")
+    rows = regions.seams_of_estimates(pipe, 192, share=0.3, sigmas=(0.3,), pictures=2, batch=2)
+    by_case = {row["case"]: row for row in rows}
+    assert list(by_case) == ["exchange", "no exchange", "spliced"]
+    assert by_case["spliced"]["inside"] == by_case["spliced"]["outside"] == 0
+    for side in ("inside", "outside"):
+        assert 0 < by_case["exchange"][side] < by_case["no exchange"][side]
+    shared = {"side": 192, "share": 0.3, "pictures": 2}
+    line = regions.summarize_seams([{**shared, **rows[2]}]).splitlines()[2]
+    assert line == f"| 192 | 30% | 0.3 | spliced | {rows[2]['seam']:.2f} | 0.0000 | 0.0000 | 2 |"
