@@ -75,6 +75,10 @@ def _float(raw: jax.Array, dtype) -> jax.Array:
     return raw if raw.dtype == dtype else jax.lax.bitcast_convert_type(raw, dtype)
 
 
+def _chunk(raw: jax.Array, start, size: int, dtype) -> jax.Array:
+    return _float(jax.lax.dynamic_slice_in_dim(raw, start, size), dtype)
+
+
 def _cubic_power(x: jax.Array) -> jax.Array:
     """``2^x`` in bfloat16 for float32 x in (-126, 127), rounded from 8e-5."""
     # rounded by the bits of a sum: as floats XLA would simplify (x + ROUNDING) - ROUNDING to x
@@ -159,7 +163,7 @@ def _dense_visits(queries: int, keys: int, planes: int, plan: Plan) -> _Visits:
 
     def take(x, i, j):
         del i
-        return x if steps == 1 else jax.lax.dynamic_slice_in_dim(x, start_k(j), chunk_k)
+        return x if steps == 1 else _chunk(_raw(x), start_k(j), chunk_k, x.dtype)
 
     def add(x, i, j, update):
         if steps == 1:
@@ -216,7 +220,8 @@ def _sparse_visits(blocks: BlockMap, keys: int, plan: Plan) -> _Visits:
         return [columns[i, j * group + t] * side for t in range(group)]
 
     def take(x, i, j):
-        return jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, s, side) for s in starts(i, j)])
+        raw = _raw(x)
+        return _float(jnp.concatenate([jax.lax.dynamic_slice_in_dim(raw, s, side) for s in starts(i, j)]), x.dtype)
 
     def add(x, i, j, update):
         for t, s in enumerate(starts(i, j)):
@@ -252,10 +257,6 @@ def _product(x: jax.Array, y: jax.Array, contract: tuple[int, int], wide) -> jax
 def _scores(q: jax.Array, k: jax.Array, mask: jax.Array | None, wide) -> jax.Array:
     scores = _product(q, k, (1, 1), wide)
     return scores if mask is None else jnp.where(mask, scores, -jnp.inf)
-
-
-def _chunk(raw: jax.Array, start, size: int, dtype) -> jax.Array:
-    return _float(jax.lax.dynamic_slice_in_dim(raw, start, size), dtype)
 
 
 def _forward_plane(q, k, v, length, visits: _Visits, scale: float, plan: Plan):
