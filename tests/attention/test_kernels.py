@@ -356,6 +356,27 @@ def test_weights_of_float16_keep_to_its_range():
     np.testing.assert_allclose(lse, expected_lse, atol=5e-3)
 
 
+def test_exponentials_of_the_cpu_path():
+    x = np.linspace(xla.LOWEST, xla.LIMIT, 200_001).astype(np.float32)
+    exact = np.exp(x.astype(np.float64))
+    for dtype, bound in ((jnp.float32, 1.2e-6), (jnp.bfloat16, 2.0**-8 + 1e-4)):
+        got = np.asarray(jax.jit(lambda x, dtype=dtype: xla._exponential(x, dtype, xla.CPU))(x), np.float64)
+        assert np.abs(got / exact - 1).max() < bound
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_nan_stays_one(dtype):
+    """In its own query, and nowhere else."""
+    rng = np.random.default_rng(13)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, n, 1, 16)), dtype) for n in (5, 7, 7))
+    expected, _ = compiled(xla.run, Request(q, k, v, 0.25))
+    out, lse = compiled(xla.run, Request(q.at[0, 2, 0, 3].set(jnp.nan), k, v, 0.25))
+    assert np.isnan(np.asarray(out[0, 2], np.float32)).all()
+    assert np.isnan(lse[0, 2]).all()
+    others = np.asarray([0, 1, 3, 4])
+    np.testing.assert_allclose(*(np.asarray(x[0, others], np.float32) for x in (out, expected)), atol=1e-2)
+
+
 def test_an_unknown_length_takes_the_exact_softmax():
     q = jnp.ones((1, 3, 4, 64)).at[0, 1, 3].set(jnp.nan)
     assert tpu._bounded(q, jnp.ones((1, 2, 4, 64)), 0.1, 2).tolist() == [[1, 0]]

@@ -13,7 +13,8 @@ What makes it fast on a CPU, each measured against PyTorch's kernel on the same 
   float32 around every slice of it;
 * where Cauchy-Schwarz bounds the logits of a head, as normalised queries and keys do in practice, its weights need
   no running maximum: one pass over the scores less, and nothing to rescale;
-* bfloat16 weights come from a cubic, as accurate as they can hold.
+* weights come from polynomials as accurate as their dtype holds, a quintic for float32 and a cubic for bfloat16, in
+  place of XLA's exponential.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ ALIGN = 128
 LOG2_E = 1 / math.log(2.0)
 ROUNDING = 1.5 * 2.0**23  # a float32 plus this ends in its nearest integer
 ROUNDING_BITS = int(np.float32(ROUNDING).view(np.int32))
+LN_2_HIGH, LN_2_LOW = 0.693359375, -2.12194440e-4  # the first has so few bits that small multiples are exact
+LOWEST = -87.0  # weights below e^-87 are zero: beside a weight of 1 they are nothing, and polynomials end there
 LIMIT = 60.0  # largest logit whose weights need no maximum: sums of 1e6 of them stay below float32's e^88
 
 
@@ -47,19 +50,18 @@ class Plan:
         scores: number of scores in flight.
         keys: longest key chunk of a dense call.
         fetch: most keys fetched together under a block map.
-        cubic: bfloat16 weights by `_cubic_power` instead of XLA's exponential.
+        polynomial: weights by `_quintic_exponential` and `_cubic_power` instead of XLA's exponential.
     """
 
     separate: bool
     scores: int
     keys: int
     fetch: int
-    cubic: bool
+    polynomial: bool
 
 
-CPU = Plan(separate=True, scores=1_024 * 4_096, keys=8_192, fetch=2_048, cubic=True)
-CPU_WIDE = replace(CPU, scores=2_048 * 4_096)  # float32, whose products gain more from long chunks than they lose
-OTHER = Plan(separate=False, scores=16 * 1024 * 1024, keys=4_096, fetch=1_024, cubic=False)
+CPU = Plan(separate=True, scores=1_024 * 4_096, keys=8_192, fetch=2_048, polynomial=True)
+OTHER = Plan(separate=False, scores=16 * 1024 * 1024, keys=4_096, fetch=1_024, polynomial=False)
 
 
 def supports(request: Request) -> Refusal | None:
@@ -79,31 +81,54 @@ def _chunk(raw: jax.Array, start, size: int, dtype) -> jax.Array:
     return _float(jax.lax.dynamic_slice_in_dim(raw, start, size), dtype)
 
 
+def _nearest(x: jax.Array) -> jax.Array:
+    """float32 x rounded, as i32."""
+    # by the bits of a sum: as floats XLA would simplify (x + ROUNDING) - ROUNDING to x
+    return jax.lax.bitcast_convert_type(x + ROUNDING, jnp.int32) - ROUNDING_BITS
+
+
+def _scaled_bits(value: jax.Array, power: jax.Array) -> jax.Array:
+    """The bits, i32, of the float32 ``value * 2^power``."""
+    return jax.lax.bitcast_convert_type(value, jnp.int32) + (power << 23)
+
+
+def _quintic_exponential(x: jax.Array) -> jax.Array:
+    """``e^x`` in float32 for float32 x in (-87, 88), to 1.1e-6 there."""
+    whole = _nearest(x * LOG2_E)
+    steps = whole.astype(jnp.float32)
+    part = (x - steps * LN_2_HIGH) - steps * LN_2_LOW
+    value = (0.0082976551 * part + 0.0419153827) * part + 0.1666757473  # least relative error on |part| <= ln(2) / 2
+    value = ((value * part + 0.4999889484) * part + 0.9999996920) * part + 1.0000000717
+    return jax.lax.bitcast_convert_type(_scaled_bits(value, whole), jnp.float32)
+
+
 def _cubic_power(x: jax.Array) -> jax.Array:
     """``2^x`` in bfloat16 for float32 x in (-126, 127), rounded from 8e-5."""
-    # rounded by the bits of a sum: as floats XLA would simplify (x + ROUNDING) - ROUNDING to x
-    whole = jax.lax.bitcast_convert_type(x + ROUNDING, jnp.int32) - ROUNDING_BITS
+    whole = _nearest(x)
     part = x - whole.astype(jnp.float32)  # 2^part on [-1/2, 1/2], least relative error
     value = ((0.05517165765 * part + 0.2426111213) * part + 0.6932609876) * part + 0.9999280736
-    bits = jax.lax.bitcast_convert_type(value, jnp.int32) + (whole << 23)
+    bits = _scaled_bits(value, whole)
     return jax.lax.bitcast_convert_type(((bits + 0x8000) >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+def _exponential(x: jax.Array, dtype, plan: Plan) -> jax.Array:
+    """``e^x`` in ``dtype`` for x from `LOWEST` to `LIMIT`."""
+    if plan.polynomial and dtype == jnp.bfloat16:
+        return _cubic_power(x * LOG2_E)
+    if plan.polynomial and dtype == jnp.float32:
+        return _quintic_exponential(x)
+    return jnp.exp(x).astype(dtype)
 
 
 def _weights(scores: jax.Array, shift: jax.Array, scale: float, dtype, plan: Plan) -> jax.Array:
     """``exp(scale * (scores - shift))`` in ``dtype``; scores [q, k], shift [q], not below the scores."""
     below = (scores - shift[:, None]) * scale
-    if not (plan.cubic and dtype == jnp.bfloat16):
-        return jnp.exp(below).astype(dtype)
-    power = below * LOG2_E
-    return jnp.where(power > -126.0, _cubic_power(power), jnp.zeros((), dtype))
+    return jnp.where(below < LOWEST, jnp.zeros((), dtype), _exponential(below, dtype, plan))  # a NaN stays one
 
 
 def _bounded_weights(scores: jax.Array, mask: jax.Array | None, scale: float, dtype, plan: Plan) -> jax.Array:
     """``exp(scale * scores)`` in ``dtype``, zero outside the mask; no ``scale * score`` is above `LIMIT`."""
-    if plan.cubic and dtype == jnp.bfloat16:
-        weights = _cubic_power(scores * (scale * LOG2_E))
-    else:
-        weights = jnp.exp(scores * scale).astype(dtype)
+    weights = _exponential(scores * scale, dtype, plan)
     return weights if mask is None else jnp.where(mask, weights, jnp.zeros((), dtype))
 
 
@@ -415,10 +440,8 @@ def _attention_backward(scale, true_keys, plan, residuals, cotangents):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _plan(dtype) -> Plan:
-    if platform() != "cpu":
-        return OTHER
-    return CPU if jnp.dtype(dtype).itemsize == 2 else CPU_WIDE
+def _plan() -> Plan:
+    return CPU if platform() == "cpu" else OTHER
 
 
 def _padded(x: jax.Array, multiple: int) -> jax.Array:
@@ -435,7 +458,7 @@ def backward(request: Request, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.A
         k, v = _padded(k, blocks.block_k), _padded(v, blocks.block_k)
     q, out, lse, d_out, d_lse = asked
     residuals = (q, k, v, request.kv_length, blocks, out, lse)
-    dq, dk, dv, *_ = _attention_backward(request.scale, keys, _plan(q.dtype), residuals, (d_out, d_lse))
+    dq, dk, dv, *_ = _attention_backward(request.scale, keys, _plan(), residuals, (d_out, d_lse))
     return dq[:, :queries], dk[:, :keys], dv[:, :keys]
 
 
@@ -467,7 +490,7 @@ def with_backward(forward: Callable) -> Callable:
 
 def tilings(request: Request) -> tuple[Tile, ...]:
     """Chunks of a dense request where planes are treated separately; elsewhere there is one way."""
-    plan = _plan(request.q.dtype)
+    plan = _plan()
     if not plan.separate:
         return ()
     sizes = [(scores, keys) for scores in (plan.scores, plan.scores // 4) for keys in (plan.keys, 4_096, 2_048)]
@@ -477,7 +500,7 @@ def tilings(request: Request) -> tuple[Tile, ...]:
 def run(request: Request, plan: Plan | None = None, tile: Tile | None = None) -> tuple[jax.Array, jax.Array]:
     """Serve a request; the plan defaults to the one for the default device, with the measured chunks if there are."""
     if plan is None:
-        plan = _plan(request.q.dtype)
+        plan = _plan()
         tile = tile or (tuned("xla", request) if plan.separate else None)
     if tile is not None:
         plan = replace(plan, scores=tile[0] * tile[1], keys=tile[1])
