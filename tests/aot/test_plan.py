@@ -1,5 +1,9 @@
 """FLUX.1-dev planned for hardware nobody here owns: what compiles, what it takes, and what planning takes."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from sega_jax import topologies
@@ -39,7 +43,12 @@ def test_nano_compiles_with_our_kernel(target, kernel):
 def test_flux_dev_at_36_megapixels(target):
     needs(target)
     size, expected = MATRIX[target]
-    report = plan("flux-dev", size=size, target=target)
+    # a process of its own, whose greatest memory is the plan's
+    arguments = ["--model", "flux-dev", "--size", "x".join(map(str, size)), "--target", target, "--json"]
+    run = subprocess.run(
+        [sys.executable, "-m", "sega_jax.cli", "plan", *arguments], capture_output=True, text=True, check=True
+    )
+    report = json.loads(run.stdout)
     print(report["peak"] / 1e9, report["host"])
     assert report["compiled"]
     assert report["fits"] == expected
