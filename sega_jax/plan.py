@@ -17,7 +17,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from sega_jax.families import Outline, Parts
 from sega_jax.layouts.streams import Layout
 from sega_jax.pipeline import Pipeline
 from sega_jax.roofline import ASSUMPTIONS
+from sega_jax.sharding.mesh import parse_sizes
 from sega_jax.skeleton import skeleton
 from sega_jax.targets import Target, find_target
 
@@ -64,7 +65,8 @@ def plan(
         target: ``"local"``, or one of `sega_jax.topologies.devices`.
         positional, layout, regions, ladder, steps, batch_size: as of `Pipeline.generate`.
         negative_prompt: whether there is one (true classifier-free guidance: two rows per picture).
-        mesh: sizes such as ``"context=4,tensor=2"``; default the one with least traffic that fits.
+        mesh: sizes such as ``"context=4,tensor=2"``; default the one with least traffic that fits.  On ``"local"``
+            sizes whose product is below the number of devices take the first ones.
         context: scheme by which attention meets the context axis, as of `Pipeline`; with a mesh that has one.
         backend: attention kernel; default ours for the platform.
         residency: ``"all"`` parameters on the devices through all stages, or ``"offload"``, as of `Pipeline`.
@@ -83,6 +85,9 @@ def plan(
     begun = time.perf_counter()
     parts = skeleton(os.fspath(model), dtype, transformer=transformer, **hub)
     where = find_target(target)
+    if mesh is not None and target == "local":  # as `Pipeline` takes the first devices for a smaller mesh
+        count = math.prod(parse_sizes(mesh).values())
+        where = replace(where, count=min(count, where.count), devices=where.devices[:count])
     width, height = (None, None) if size is None else size
     request = planning.plan(
         parts, "", width=width, height=height, steps=steps, positional=positional, layout=layout,
@@ -119,8 +124,6 @@ def _mesh_sizes(text, parts, request, where: Target, batch: int, rows: int, resi
             parts, request.height, request.width, where.count,
             batch=batch, rows=rows, memory=where.memory, joint=joint, residency=residency,
         )  # fmt: skip
-    from sega_jax.sharding.mesh import parse_sizes
-
     sizes = {**estimate.SINGLE, **parse_sizes(text)}
     if math.prod(sizes.values()) != where.count:
         raise ValueError(f"mesh={text!r}: {math.prod(sizes.values())} devices, {where.name} has {where.count}")

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from sega_jax.attention.local import Request, choose, kernels, tiles
 from sega_jax.layouts.blocks import from_blocks
@@ -156,6 +157,21 @@ def _fastest(runs: dict, rounds: int) -> dict:
     return {name: tuple(min(t[i] for t in seen[1:]) for i in (0, 1)) for name, seen in times.items()}
 
 
+def _matrix_product(dtype: DTypeLike) -> tuple[Callable[[], object], int]:
+    """A large square product, and its operations."""
+    size = 2_048 if jax.default_backend() == "cpu" else 8_192
+    # random numbers: a GPU multiplies constants on less power, and so faster than anything real
+    square = jax.random.normal(jax.random.key(1), (size, size), jnp.float32).astype(dtype)
+    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
+    return lambda: product(square), 2 * size**3
+
+
+def matmul_rate(dtype: DTypeLike, rounds: int = 5) -> float:
+    """Operations per second of a large matrix product on the default device."""
+    run, flops = _matrix_product(dtype)
+    return flops / _fastest({"matmul": run}, rounds)["matmul"][0]
+
+
 def measure(case: Case, backends: tuple[str, ...] | None = None, rounds: int = 5) -> list[Row]:
     """Time every backend that serves the case (or those named), the peers, and a matrix product."""
     request, pairs = case.request()
@@ -172,13 +188,9 @@ def measure(case: Case, backends: tuple[str, ...] | None = None, rounds: int = 5
     if (peer := _torch_attention(request)) is not None:
         runs["torch"], temporary["torch"] = peer, None
         errors["torch"] = _error(request, peer().transpose(1, 2).float().numpy())
-    size = 2_048 if jax.default_backend() == "cpu" else 8_192
-    # random numbers: a GPU multiplies constants on less power, and so faster than anything real
-    square = jax.random.normal(jax.random.key(1), (size, size), jnp.float32).astype(case.dtype)
-    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-    runs["matmul"] = lambda: product(square)
+    runs["matmul"], product = _matrix_product(case.dtype)
     best = _fastest(runs, rounds)
-    rate = 2 * size**3 / best["matmul"][0]
+    rate = product / best["matmul"][0]
     flops = 4 * pairs * case.heads * case.depth
     everything = request.q.shape[0] * request.q.shape[1] * request.k.shape[1]
     contestants = [name for name in runs if name != "matmul"]
