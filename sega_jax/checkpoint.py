@@ -23,6 +23,7 @@ from converters.keymap import Dims, Row, Slot, Tensor, expand
 from converters.sources import bits
 from converters.stream import TILE, default_workers
 from sega_jax.models.abstract import build_abstract, parameters
+from sega_jax.models.quantized import quantize, scales
 
 Module = TypeVar("Module", bound=nnx.Module)
 Shardings = Callable[[str, nnx.Param], jax.sharding.Sharding | None]
@@ -82,10 +83,11 @@ def fill(
     as soon as its last slice has been read.
 
     Args:
-        build: makes the module from `nnx.Rngs` (only its shapes are used).
+        build: makes the module from `nnx.Rngs` (only its shapes are used); its kernels in int8 (`models.quantized`)
+            are quantised matrix by matrix.
         tensors: the expanded key map.
         source: the checkpoint's tensors.
-        dtype: dtype of the loaded parameters.
+        dtype: dtype of the loaded parameters, but for int8 kernels and their scales.
         shardings: where a parameter goes, from its path and its abstract value (which has its logical axes); a
             process then only holds on its devices what they need.  None, or a None from it: the default device.
         changes: made to slices as they are read, before the cast (`converters.lora.changes`).
@@ -95,38 +97,53 @@ def fill(
     """
     module = build_abstract(build)
     params = parameters(module)
-    check_cover(tensors, source, {path: tuple(param.shape) for path, param in params.items()})
+    scale_of = scales(module)
+    kinds = dict.fromkeys(params, jnp.dtype(dtype))
+    kinds |= {path: params[path].dtype for pair in scale_of.items() for path in pair}
+    made = set(scale_of.values())
+    check_cover(tensors, source, {path: tuple(param.shape) for path, param in params.items() if path not in made})
+
+    def filled(tensor: Tensor) -> list[str]:
+        """Paths of the parameters that a tensor goes to, as often as it does."""
+        paths = [slot.path for slot in tensor.slots]
+        return paths + [scale_of[path] for path in paths if path in scale_of]
+
     left = dict.fromkeys(params, 0)
     for tensor in tensors:
-        for slot in tensor.slots:
-            left[slot.path] += 1
-    kind, hosts = jnp.dtype(dtype), {}
+        for path in filled(tensor):
+            left[path] += 1
+    hosts: dict[str, np.ndarray] = {}
     for path, param in params.items():
         if not left[path]:  # a stack without layers
-            param.set_value(jnp.zeros(param.shape, kind))
+            param.set_value(jnp.zeros(param.shape, kinds[path]))
 
-    def read(tensor: Tensor, targets: Sequence[np.ndarray]) -> None:
+    def read(tensor: Tensor, targets: Mapping[str, np.ndarray]) -> None:
         pieces = tensor.pieces(source.view(tensor.source))
-        for slot, piece, target in zip(tensor.slots, pieces, targets, strict=True):
+        for slot, piece in zip(tensor.slots, pieces, strict=True):
             change = (changes or {}).get(slot)
-            assign(target, piece if change is None else change(piece))
+            piece = piece if change is None else change(piece)
+            at = ... if slot.index is None else (slot.index, ...)
+            if slot.path in scale_of:
+                piece, targets[scale_of[slot.path]][at] = quantize(piece)
+            assign(targets[slot.path][at], piece)
 
     def finish(tensor: Tensor, reading: Future[None]) -> None:
         reading.result()
-        for slot in tensor.slots:
-            left[slot.path] -= 1
-            if not left[slot.path]:
-                param = params[slot.path]
-                param.set_value(_put(hosts.pop(slot.path), shardings and shardings(slot.path, param)))
+        for path in filled(tensor):
+            left[path] -= 1
+            if not left[path]:
+                param = params[path]
+                param.set_value(_put(hosts.pop(path), shardings and shardings(path, param)))
 
     workers = default_workers()
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[tuple[Tensor, Future[None]]] = deque()
         for tensor in tensors:
-            for slot in tensor.slots:
-                if slot.path not in hosts:
-                    hosts[slot.path] = np.empty(params[slot.path].shape, kind)
-            targets = [hosts[slot.path][... if slot.index is None else (slot.index, ...)] for slot in tensor.slots]
+            paths = filled(tensor)
+            for path in paths:
+                if path not in hosts:
+                    hosts[path] = np.empty(params[path].shape, kinds[path])
+            targets = {path: hosts[path] for path in paths}
             pending.append((tensor, pool.submit(read, tensor, targets)))
             if len(pending) > workers:  # no further ahead, so that few parameters are on the host at a time
                 finish(*pending.popleft())

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sega_jax.families import Component, Parts
+from sega_jax.families import Component, Parts, build_flux
+from sega_jax.models.quantized import available
+from sega_jax.skeleton import abstract_component
 
 STEP_COPIES = 12  # 11.3 compiled for one H200 with our kernel at 6144 x 6144
 DECODE_COPIES = 4  # arrays of the widest resolution in a decode
@@ -105,11 +107,13 @@ def estimate(
     data, context, tensor = (sizes[name] for name in ("data", "context", "tensor"))
     devices = data * context * tensor
     mine = -(-rows // data)
-    number = jnp.dtype(jax.tree.leaves(parts.transformer.params)[0].dtype).itemsize
+    params = parts.transformer.params
+    number = jnp.dtype(params["image_embed"]["kernel"].dtype).itemsize
+    stored = jnp.dtype(params["double"]["image"]["mlp_in"]["kernel"].dtype).itemsize  # less than `number` in int8
     tokens = -(-image // context) + text
     array = mine * tokens * config.width * number
     whole = parameter_bytes(parts.transformer)
-    block = 36 * config.width**2 * number // tensor  # of a double block: two sets of 18 width^2
+    block = 36 * config.width**2 * stored // tensor  # of a double block: two sets of 18 width^2
     step = STEP_COPIES * array + (2 * block if devices > 1 else 0)
 
     sent = traffic(config, image, text, rows=rows, sizes=sizes, number=number, weights=whole,
@@ -230,15 +234,22 @@ def remedies(
     each = rows // batch
 
     def fits(count: int = devices, size: tuple[int, int] = (height, width), pictures: int = batch,
-             where: str = residency) -> bool:  # fmt: skip
+             where: str = residency, what: Parts = parts) -> bool:  # fmt: skip
         options = {"batch": pictures, "rows": each * pictures, "memory": memory, "residency": where}
-        return choose(parts, *size, count, **options)[1].peak(where) <= memory
+        return choose(what, *size, count, **options)[1].peak(where) <= memory
 
     said = []
     if batch > 1 and fits(pictures=1):
         said.append("--batch-size 1")
     if residency == "all" and fits(where="offload"):
         said.append("--residency offload")
+    kernel = parts.transformer.params["double"]["image"]["mlp_in"]["kernel"]
+    if kernel.dtype != jnp.int8 and available():
+        component = abstract_component(build_flux(parts.transformer_config, "int8"), kernel.dtype)
+        small = replace(parts, transformer=component)
+        held = next((where for where in dict.fromkeys((residency, "offload")) if fits(where=where, what=small)), None)
+        if held is not None:
+            said.append("--weights int8" + (f" --residency {held}" if held != residency else ""))
     more = next((count for count in MORE if count > devices and fits(count)), None)
     if more is not None:
         said.append(f"{more} x {kind}")

@@ -29,6 +29,7 @@ from sega_jax.geometry import RopeSpec
 from sega_jax.models.clip import ClipConfig, ClipTextEncoder
 from sega_jax.models.flux import Flux, FluxConfig
 from sega_jax.models.lora import LoraSpec
+from sega_jax.models.quantized import Weights, quantized
 from sega_jax.models.t5 import T5Config, T5Encoder
 from sega_jax.models.tokenize import TextTokenizer, load_clip_tokenizer, load_t5_tokenizer
 from sega_jax.models.vae import Vae, VaeConfig
@@ -149,6 +150,11 @@ def outline_flux(folder: Path, transformer: Path | None = None) -> Outline:
     )
 
 
+def build_flux(config: FluxConfig, weights: Weights = "full") -> Callable[..., Flux]:
+    """Makes a transformer from ``rngs``."""
+    return partial(Flux, config) if weights == "full" else lambda rngs: quantized(Flux(config, rngs=rngs))
+
+
 def load_vae(folder: Path, dtype: DTypeLike, shardings: Shardings | None = None) -> tuple[Component, VaeConfig]:
     """The autoencoder of a pipeline folder, without the rest."""
     config = configured(folder / "vae" / "config.json", VaeConfig.from_dict)
@@ -163,6 +169,7 @@ def load_flux(
     transformer: Path | None = None,
     shardings: Shardings | None = None,
     loras: Sequence[LoraSpec] = (),
+    weights: Weights = "full",
 ) -> Parts:
     """FLUX.1 (dev, schnell, Krea-dev, nano) from a pipeline folder, each component in diffusers' or Orbax layout.
 
@@ -172,7 +179,8 @@ def load_flux(
         transformer: weights to use instead of the folder's transformer: anything `converters` opens that has one
             (component folder, Orbax folder, single file of Black Forest Labs or ComfyUI, GGUF).
         shardings: where parameters go, see `checkpoint.fill`; None: the default device.
-        loras: merged into the weights in float32, before the one cast to ``dtype``.
+        loras: merged into the weights in float32, before the one cast to ``dtype``, or to int8.
+        weights: of the transformer: ``"full"``, or ``"int8"`` for its blocks' matrices (`models.quantized`).
     """
     outline = outline_flux(folder, transformer)
     clip_tokenizer = load_clip_tokenizer(folder / "tokenizer")
@@ -181,9 +189,8 @@ def load_flux(
     t5_config = configured(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
     _check_vocabulary(folder / "text_encoder", clip_config, clip_tokenizer)
     _check_vocabulary(folder / "text_encoder_2", t5_config, t5_tokenizer)
-    weights = transformer or folder / "transformer"
     builds = {
-        "transformer": (weights, partial(Flux, outline.transformer_config)),
+        "transformer": (transformer or folder / "transformer", build_flux(outline.transformer_config, weights)),
         "text_encoder": (folder / "text_encoder", partial(ClipTextEncoder, clip_config)),
         "text_encoder_2": (folder / "text_encoder_2", partial(T5Encoder, t5_config)),
         "vae": (folder / "vae", partial(Vae, outline.vae_config)),
@@ -214,7 +221,7 @@ class Family:
     """How pipelines of a family are read."""
 
     outline: Callable[[Path, Path | None], Outline]
-    load: Callable[[Path, DTypeLike, Path | None, Shardings | None, Sequence[LoraSpec]], Parts]
+    load: Callable[[Path, DTypeLike, Path | None, Shardings | None, Sequence[LoraSpec], Weights], Parts]
 
 
 FAMILIES: dict[str, Family] = {"FluxPipeline": Family(outline_flux, load_flux)}
@@ -242,10 +249,11 @@ def load_parts(
     transformer: Path | None = None,
     shardings: Shardings | None = None,
     loras: Sequence[LoraSpec] = (),
+    weights: Weights = "full",
 ) -> Parts:
     """The parts of the pipeline in ``folder``; arguments as in `load_flux`.
 
     Raises:
         CheckpointError: not a pipeline folder, an unknown family, or a component that does not load.
     """
-    return family_of(folder).load(folder, dtype, transformer, shardings, loras)
+    return family_of(folder).load(folder, dtype, transformer, shardings, loras, weights)

@@ -29,6 +29,7 @@ from sega_jax.latents import load_latents
 from sega_jax.layouts.streams import Layout
 from sega_jax.models.adapters import attach, from_factors, guidance_settings
 from sega_jax.models.lora import LoraSpec, lora_specs
+from sega_jax.models.quantized import Weights, check_weights
 from sega_jax.models.vae import normalize, sample_posterior
 from sega_jax.models.vae_tiled import encode_tiled
 from sega_jax.named_layouts import get_layout
@@ -69,6 +70,7 @@ class Pipeline:
         context: scheme by which attention meets the mesh's context axis, or ``"auto"``.
         residency: whether weights stay on the devices or wait on the host for their stage.
         guidance_lora: what the LoRA of layout scale-dit's small stream says about itself (`with_guidance_lora`).
+        weights: of the transformer: in ``dtype`` (``"full"``), or its blocks' matrices in int8.
     """
 
     parts: Parts
@@ -80,6 +82,7 @@ class Pipeline:
     context: str = "auto"
     residency: Residency = "all"
     guidance_lora: Mapping[str, Any] | None = None
+    weights: Weights = "full"
 
     @classmethod
     def from_pretrained(
@@ -93,6 +96,7 @@ class Pipeline:
         mesh: Mesh | str | None = None,
         context: str = "auto",
         residency: Residency = "all",
+        weights: Weights = "full",
         **hub: Any,
     ) -> Pipeline:
         """Load a pipeline.
@@ -110,15 +114,19 @@ class Pipeline:
             context: ``"auto"``, ``"ulysses"``, ``"ring"`` or ``"product"``, see `sega_jax.attention.context.route`.
             residency: ``"all"`` keeps all weights on the devices; ``"offload"`` keeps them in host memory and fetches
                 text encoders, transformer and autoencoder when their turn comes, so that a device holds one at a time.
+            weights: of the transformer: ``"full"`` for ``dtype``, or ``"int8"`` for the matrices of its blocks in eight
+                bits with a scale per output channel, quantised as they are read: half of bfloat16's memory, other
+                pictures (needs the extra ``quant``; `sega_jax.models.quantized`).
             **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` of `sega_jax.hub.resolve`.
 
         Raises:
             CheckpointError: the checkpoint cannot be used.
-            ValueError: an unknown dtype or model name.
+            ValueError: an unknown dtype or model name, or int8 without qwix.
         """
         dtype = default_dtype() if dtype is None else dtype
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: expected 'float32' or 'bfloat16'")
+        check_weights(weights)
         sega_jax.use_compilation_cache()
         folder = resolve(model, **hub)
         other = None if transformer is None else Path(os.fspath(transformer)).expanduser()
@@ -136,8 +144,8 @@ class Pipeline:
                     "attention heads; use a divisor"
                 )
         where = places(residency, mesh)
-        parts = load_parts(folder, dtype=dtype, transformer=other, shardings=where, loras=merged)
-        return cls(parts, os.fspath(model), dtype, backend, merged, mesh, context, residency)
+        parts = load_parts(folder, dtype=dtype, transformer=other, shardings=where, loras=merged, weights=weights)
+        return cls(parts, os.fspath(model), dtype, backend, merged, mesh, context, residency, weights=weights)
 
     def with_guidance_lora(self, lora: str | os.PathLike[str] | LoraSpec) -> Pipeline:
         """This pipeline with a LoRA for the small stream of layout ``"scale-dit"``; other layouts do not see it.
@@ -537,6 +545,7 @@ class Pipeline:
             "dtype": self.dtype,
             "backend": self.backend,
             "model": self.source,
+            **({"weights": self.weights} if self.weights != "full" else {}),
             **({"loras": [lora.record() for lora in self.loras]} if self.loras else {}),
             **self.place(),
         }

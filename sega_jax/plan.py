@@ -27,6 +27,7 @@ from sega_jax import estimate, planning, programs
 from sega_jax import positional as pe
 from sega_jax.families import Outline, Parts
 from sega_jax.layouts.streams import Layout
+from sega_jax.models.quantized import Weights, check_weights
 from sega_jax.pipeline import Pipeline
 from sega_jax.roofline import ASSUMPTIONS
 from sega_jax.sharding.mesh import parse_sizes
@@ -53,6 +54,7 @@ def plan(
     backend: str | None = None,
     residency: str = "all",
     dtype: str = "bfloat16",
+    weights: Weights = "full",
     compile: bool = True,
     transformer: Path | None = None,
     **hub: Any,
@@ -71,6 +73,7 @@ def plan(
         backend: attention kernel; default ours for the platform.
         residency: ``"all"`` parameters on the devices through all stages, or ``"offload"``, as of `Pipeline`.
         dtype: of parameters and activations.
+        weights: of the transformer, ``"full"`` or ``"int8"``, as of `Pipeline`.
         compile: False for closed forms and the roofline alone.
         transformer, hub: as of `Pipeline.from_pretrained`.
 
@@ -83,7 +86,8 @@ def plan(
         ValueError, TypeError, CheckpointError: a request, target or mesh that cannot be served.
     """
     begun = time.perf_counter()
-    parts = skeleton(os.fspath(model), dtype, transformer=transformer, **hub)
+    check_weights(weights)
+    parts = skeleton(os.fspath(model), dtype, transformer=transformer, weights=weights, **hub)
     where = find_target(target)
     if mesh is not None and target == "local":  # as `Pipeline` takes the first devices for a smaller mesh
         count = math.prod(parse_sizes(mesh).values())
@@ -114,7 +118,7 @@ def plan(
         "cpu_seconds": round(sum(usage.ru_utime + usage.ru_stime for usage in usages), 1),
         "peak_bytes": max(usage.ru_maxrss for usage in usages) * 1024,
     }
-    return {"model": os.fspath(model), "dtype": dtype, "kernel": kernel, **report}
+    return {"model": os.fspath(model), "dtype": dtype, "weights": weights, "kernel": kernel, **report}
 
 
 def _mesh_sizes(text, parts, request, where: Target, batch: int, rows: int, residency: str, scheme: str):

@@ -5,6 +5,8 @@ Everything that is compiled or counted ahead of time starts here; no weights are
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from sega_jax.families import Component, Outline, Parts, configured, family_of
+from sega_jax.families import Component, Outline, Parts, build_flux, configured, family_of
 from sega_jax.hub import resolve
-from sega_jax.models.abstract import build_abstract
+from sega_jax.models.abstract import build_abstract, parameters
 from sega_jax.models.clip import ClipConfig, ClipTextEncoder
-from sega_jax.models.flux import Flux, FluxConfig
+from sega_jax.models.flux import FluxConfig
+from sega_jax.models.quantized import Weights, scales
 from sega_jax.models.t5 import T5Config, T5Encoder
 from sega_jax.models.vae import Vae, VaeConfig
 from sega_jax.sampling.schedule import Schedule
@@ -34,14 +37,21 @@ PRESETS = {  # with the sizes published in their configurations
 }
 
 
-def skeleton(model: str | Path, dtype: DTypeLike = "bfloat16", *, transformer: Path | None = None, **hub: Any) -> Parts:
+def skeleton(
+    model: str | Path,
+    dtype: DTypeLike = "bfloat16",
+    *,
+    transformer: Path | None = None,
+    weights: Weights = "full",
+    **hub: Any,
+) -> Parts:
     """The parts of a pipeline with `jax.ShapeDtypeStruct` for parameters, and no tokenizers.
 
     Args:
         model: ``"flux-dev"``, ``"flux-krea-dev"``, ``"flux-schnell"``, ``"nano"``, a diffusers folder or a hub id, of
             which configurations alone are fetched.
         dtype: of parameters.
-        transformer: as of `Pipeline.from_pretrained`.
+        transformer, weights: as of `Pipeline.from_pretrained`.
         **hub: see `sega_jax.hub.resolve`.
 
     Raises:
@@ -54,25 +64,32 @@ def skeleton(model: str | Path, dtype: DTypeLike = "bfloat16", *, transformer: P
         outline = family_of(folder).outline(folder, transformer)
         clip = configured(folder / "text_encoder" / "config.json", ClipConfig.from_dict)
         t5 = configured(folder / "text_encoder_2" / "config.json", T5Config.from_dict)
-    return abstract_parts(outline, clip, t5, dtype)
+    return abstract_parts(outline, clip, t5, dtype, weights)
 
 
-def abstract_parts(outline: Outline, clip: ClipConfig, t5: T5Config, dtype: DTypeLike) -> Parts:
-    """Parts with abstract parameters in ``dtype``."""
+def abstract_component(build: Callable[..., nnx.Module], dtype: DTypeLike) -> Component:
+    """What ``build`` makes from ``rngs``, with abstract parameters in ``dtype``, but for what it has in int8."""
+    module = build_abstract(lambda rngs: build(rngs=rngs))
+    kept = {path for pair in scales(module).items() for path in pair}
+    for path, param in parameters(module).items():
+        if path not in kept:
+            param.set_value(jax.ShapeDtypeStruct(param.shape, dtype))
+    return Component.of(module)
 
-    def component(cls: type, config: Any) -> Component:
-        built = Component.of(build_abstract(lambda rngs: cls(config, rngs=rngs)))
-        cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), built.params)
-        return Component(built.graphdef, cast)
 
+def abstract_parts(
+    outline: Outline, clip: ClipConfig, t5: T5Config, dtype: DTypeLike, weights: Weights = "full"
+) -> Parts:
+    """Parts with abstract parameters in ``dtype``, but for what ``weights`` has in int8."""
+    component = partial(abstract_component, dtype=dtype)
     return Parts(
         **vars(outline),
-        transformer=component(Flux, outline.transformer_config),
-        clip=component(ClipTextEncoder, clip),
-        t5=component(T5Encoder, t5),
+        transformer=component(build_flux(outline.transformer_config, weights)),
+        clip=component(partial(ClipTextEncoder, clip)),
+        t5=component(partial(T5Encoder, t5)),
         clip_tokenizer=None,
         t5_tokenizer=None,
-        vae=component(Vae, outline.vae_config),
+        vae=component(partial(Vae, outline.vae_config)),
     )
 
 

@@ -16,6 +16,7 @@ import jax
 
 from sega_jax import positional as pe
 from sega_jax.families import Component
+from sega_jax.models.quantized import Weights
 from sega_jax.pipeline import Pipeline
 from sega_jax.planning import Plan
 from sega_jax.sampling.denoise import Conditioning
@@ -27,14 +28,20 @@ logger = logging.getLogger(__name__)
 
 
 def outline(
-    model: str | Path, *, dtype: str, transformer: Path | None = None, hub: dict[str, Any], **options: Any
+    model: str | Path,
+    *,
+    dtype: str,
+    transformer: Path | None = None,
+    weights: Weights = "full",
+    hub: dict[str, Any],
+    **options: Any,
 ) -> Pipeline:
     """A pipeline with shapes for weights, as `Pipeline.from_pretrained` would load it.
 
     Args:
         options: ``backend``, ``mesh`` (resolved), ``context``, ``residency`` of `Pipeline`.
     """
-    parts = skeleton(model, dtype, transformer=transformer, **hub)
+    parts = skeleton(model, dtype, transformer=transformer, weights=weights, **hub)
     mesh = options.get("mesh")
     if mesh is not None:
         params = parts.transformer.params
@@ -42,7 +49,7 @@ def outline(
             lambda p, where: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where), params, shardings(params, mesh)
         )
         parts = replace(parts, transformer=Component(parts.transformer.graphdef, shapes))
-    return Pipeline(parts, str(model), dtype, **options)
+    return Pipeline(parts, str(model), dtype, weights=weights, **options)
 
 
 def compile_step(pipe: Pipeline, plan: Plan, method: pe.Method, *, batch: int, text_tokens: int | None = None) -> bool:

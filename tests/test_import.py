@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "diffusers", "transformers", "tensorflow", "huggingface_hub", "tyro", "orbax", "PIL", "optax")
+HEAVY = ("torch", "diffusers", "transformers", "tensorflow", "huggingface_hub", "tyro", "orbax", "PIL", "optax", "qwix")
 
 
 def test_import_is_light():

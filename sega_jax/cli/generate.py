@@ -70,6 +70,9 @@ class Generate(ModelOptions):
     """Shift of the noise schedule."""
     dtype: Annotated[Literal["float32", "bfloat16"] | None, option("DTYPE", "float32 on CPU, else bfloat16")] = None
     """Of parameters and activations: float32 or bfloat16."""
+    weights: Annotated[Literal["full", "int8"] | None, option("TYPE", "full: as --dtype")] = None
+    """Of the transformer: int8 keeps the matrices of its blocks in eight bits with a scale per output channel, half of
+    bfloat16's memory, for slightly other pictures; needs the extra quant (pip install 'sega-jax[quant]')."""
     mesh: Annotated[str | None, option("auto|data=N,context=N,tensor=N", "all accelerators that are here")] = None
     """Devices to share the work: all of them, or so many along pictures, image tokens, and heads.  Changes pictures by
     rounding at most."""
@@ -198,6 +201,7 @@ class Generate(ModelOptions):
         from sega_jax.hub import resolve
         from sega_jax.models.adapters import guidance_settings
         from sega_jax.models.lora import lora_specs
+        from sega_jax.models.quantized import check_weights
         from sega_jax.pipeline import default_dtype, versions
 
         model = self.model or record.get("model") or "nano"
@@ -207,6 +211,8 @@ class Generate(ModelOptions):
         other = None if transformer is None else Path(transformer).expanduser()
         if other is not None and not other.exists():
             raise ValueError(f"transformer={str(transformer)!r}: no such folder or file")
+        weights = self.weights or record.get("weights") or "full"
+        check_weights(weights)
         loras = lora_specs(self.lora or (record.get("loras") or () if own else ()))
         with Phase(f"looking up {model}"):
             folder = resolve(model, weights=False, **hub)
@@ -218,6 +224,7 @@ class Generate(ModelOptions):
             "model": model,
             "revision": commit,
             "transformer": None if transformer is None else str(transformer),
+            **({"weights": weights} if weights != "full" else {}),
             **({"loras": [lora.record() for lora in loras]} if loras else {}),
         }
         guiding = _guidance_lora([request.layout for request in requests], loras)
@@ -239,7 +246,7 @@ class Generate(ModelOptions):
             from sega_jax.sampling.resume import Stopped
             from sega_jax.sharding.mesh import describe, resolve_mesh
 
-            chosen = self._place(new, outline, folder, other, run["dtype"], size) if new else None
+            chosen = self._place(new, outline, folder, other, run, size) if new else None
             mesh = resolve_mesh(self.mesh or chosen, batch=size)
             if mesh is not None:
                 say(f"mesh {describe(mesh)}" + ("; --mesh names another" if self.mesh is None else ""))
@@ -252,6 +259,7 @@ class Generate(ModelOptions):
                     dtype=run["dtype"],
                     transformer=other,
                     backend=run["backend"],
+                    **({"weights": weights} if weights != "full" else {}),
                     **({"residency": self.residency} if self.residency != "all" else {}),
                     **({"mesh": mesh, "context": self.context} if mesh is not None else {}),
                     **({"loras": loras} if loras and guiding is None else {}),
@@ -279,7 +287,7 @@ class Generate(ModelOptions):
         return {"images": [_image_entry(job) for job in jobs], "timings": timings, "classes": classes}
 
     def _place(
-        self, jobs: list, outline: Any, folder: Path, transformer: Path | None, dtype: str, size: int
+        self, jobs: list, outline: Any, folder: Path, transformer: Path | None, run: dict, size: int
     ) -> str | None:
         """The mesh for the accelerators that are here, where none is asked for.
 
@@ -295,7 +303,7 @@ class Generate(ModelOptions):
         guided = any(job.plan.negative_prompt is not None for job in jobs)
         mesh, refusal = place_here(
             outline,
-            lambda: skeleton(folder, dtype, transformer=transformer),
+            lambda: skeleton(folder, run["dtype"], transformer=transformer, weights=run.get("weights", "full")),
             plan.height,
             plan.width,
             batch=size,
@@ -324,6 +332,7 @@ class Generate(ModelOptions):
                 model,
                 dtype=run["dtype"],
                 transformer=transformer,
+                weights=run.get("weights", "full"),
                 hub={**hub, "revision": run["revision"] or hub["revision"]},
                 backend=run["backend"],
                 mesh=mesh,
@@ -477,9 +486,10 @@ def _image_entry(job: Any) -> dict:
 
 
 def _show_plan(result: dict) -> str:
+    weights = f", {result['weights']} weights" if "weights" in result else ""
     lines = [
         f"model {result['model']}" + (f", transformer {result['transformer']}" if result["transformer"] else ""),
-        f"dtype {result['dtype']}, attention {result['backend']}, {result['classes']} compile class(es)",
+        f"dtype {result['dtype']}{weights}, attention {result['backend']}, {result['classes']} compile class(es)",
     ]
     lines += [f"LoRA {lora['file']} with weight {lora['weight']:g}" for lora in result.get("loras", ())]
     recipes = Counter(plan["recipe"] for plan in result["plans"])

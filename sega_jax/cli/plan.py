@@ -51,6 +51,8 @@ class Plan(ModelOptions):
     """As of generate: all keeps all weights on the devices, offload those of one stage at a time."""
     dtype: Annotated[Literal["float32", "bfloat16"], option("DTYPE", "bfloat16")] = "bfloat16"
     """Of parameters and activations."""
+    weights: Annotated[Literal["full", "int8"], option("TYPE", "full: as --dtype")] = "full"
+    """As of generate: int8 halves the transformer's memory."""
     transformer: Annotated[Path | None, option("PATH", "the model's own")] = None
     """Other transformer weights: their configuration counts."""
     compile: Annotated[Literal["auto", "yes", "no"], option("auto|yes|no", "auto: yes, with --all-targets no")] = "auto"
@@ -85,6 +87,7 @@ class Plan(ModelOptions):
             "backend": self.backend,
             "residency": self.residency,
             "dtype": self.dtype,
+            "weights": self.weights,
             "transformer": self.transformer,
             **self.hub(),
         }
@@ -137,9 +140,10 @@ def show_plan(report: dict) -> str:
     width, height = report["size"]
     mesh = " x ".join(f"{name} {n}" for name, n in report["mesh"].items() if n > 1) or "one device"
     regions = "" if report["regions"] is None else f" of {report['regions']}"
+    weights = "" if report["weights"] == "full" else f", {report['weights']} weights"
     lines = [
         f"{report['model']} {width}x{height}, {report['steps']} steps, batch {report['batch_size']}, "
-        f"{report['positional']}, {report['layout']}{regions}, {report['dtype']}",
+        f"{report['positional']}, {report['layout']}{regions}, {report['dtype']}{weights}",
         f"{report['target']}: {report['devices']} device(s) of {_gb(report['memory'])} GB; mesh: {mesh}; "
         f"{report['kernel']} attention",
         "",

@@ -49,7 +49,10 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -
 
 
 class Linear(nnx.Module):
-    """``y = x @ kernel + bias`` over the last axis."""
+    """``y = x @ kernel + bias`` over the last axis.
+
+    A kernel in int8 (`models.quantized`) has a float32 scale per output channel: ``y = (x @ kernel) * scale + bias``.
+    """
 
     product: Callable[[jax.Array, jax.Array], jax.Array] = staticmethod(jnp.matmul)  # training has one of its own
 
@@ -65,18 +68,23 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.kernel = parameter(rngs, init, (inputs, outputs), axes, dtype)
+        self.kernel_scale: nnx.Param | None = None
         self.bias = parameter(rngs, zeros, (outputs,), (axes[1],), dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.product(x, self.kernel[...].astype(x.dtype))
-        return y if self.bias is None else y + _along_last(self.bias, y)
+        return self._finish(self.product(x, self.kernel[...].astype(x.dtype)))
 
     def of_parts(self, *parts: jax.Array) -> jax.Array:
         """The layer of its input cut along the last axis, as a sum of products: the parts are not joined."""
         ends = np.cumsum([x.shape[-1] for x in parts])
         kernels = jnp.split(self.kernel[...], ends[:-1], axis=0)
         products = [self.product(x, kernel.astype(x.dtype)) for x, kernel in zip(parts, kernels, strict=True)]
-        y = functools.reduce(jnp.add, products)
+        return self._finish(functools.reduce(jnp.add, products))
+
+    def _finish(self, y: jax.Array) -> jax.Array:
+        if self.kernel_scale is not None:
+            wide = y.astype(jnp.float32)
+            y = (wide * _along_last(self.kernel_scale, wide)).astype(y.dtype)
         return y if self.bias is None else y + _along_last(self.bias, y)
 
 

@@ -14,6 +14,7 @@ from sega_jax import positional as pe
 from sega_jax.layouts.dense import Dense
 from sega_jax.models.abstract import build_abstract, initialize
 from sega_jax.models.flux import Flux, FluxConfig
+from sega_jax.models.quantized import quantized
 from sega_jax.sampling.denoise import Conditioning, Velocity, predict
 from sega_jax.sampling.sampler import Euler, Noise
 from sega_jax.sharding import mesh as M
@@ -142,6 +143,20 @@ def test_latents_do_not_depend_on_the_mesh(whole, shape):
 @pytest.mark.parametrize(("backend", "context"), [("ring", 8), ("product+xla", 8), ("ulysses", 4)])
 def test_schemes_by_name(whole, backend, context):
     on_mesh(whole, M.resolve_mesh(f"context={context}"), backend)
+
+
+def test_int8_kernels_and_their_scales_are_shared_alike(whole):
+    velocity, params, conditioning, _ = whole
+    small = quantized(nnx.merge(velocity.graphdef, params))
+    graphdef, params = nnx.split(small)
+    velocity = dataclasses.replace(velocity, graphdef=graphdef)
+    mesh = M.make_mesh(data=2, context=2, tensor=2)
+    layer = rules.place(params, mesh)["single"]["mlp_in"]
+    width, hidden = CONFIG.width, 4 * CONFIG.width
+    assert layer["kernel"][...].dtype == jnp.int8
+    assert layer["kernel"][...].addressable_shards[0].data.shape == (1, width // 4, hidden // 2)
+    assert layer["kernel_scale"][...].addressable_shards[0].data.shape == (1, hidden // 2)
+    on_mesh((velocity, params, conditioning, denoise(velocity, params, conditioning)), mesh)
 
 
 def test_spectra_are_per_sample(whole):
