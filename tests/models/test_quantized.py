@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+from converters.convert import convert
 from converters.keymap import Slot
 from converters.lora import Factors, Lora
 from converters.lora_dialects import express
@@ -148,6 +149,17 @@ def test_a_lora_is_merged_before_rounding(tmp_path):
     np.testing.assert_allclose(small[slot.path.replace("kernel", "kernel_scale")][...], scale[:, 0], rtol=1e-6)
     error = np.abs(np.asarray(small[slot.path][...]) * scale - merged)
     assert np.all(error <= 0.5 * scale + 2.0**-22 * np.abs(merged))  # bfloat16 did not round it first
+
+
+def test_a_file_in_eight_bits_keeps_its_values(tmp_path):
+    """What ComfyUI's int8 files hold is not rounded again."""
+    nano, file = resolve("nano"), tmp_path / "int8.safetensors"
+    convert(nano / "transformer", file, to="bfl", dtype="int8", progress=False)
+    small = parameters_of(load_parts(nano, dtype="bfloat16", transformer=file, weights="int8"))
+    stored = load_file(file)
+    values, scale = (stored[f"single_blocks.1.linear2.{name}"] for name in ("weight", "weight_scale"))
+    np.testing.assert_array_equal(small["single.out.kernel"][1], values.T)
+    np.testing.assert_allclose(small["single.out.kernel_scale"][1], scale[:, 0], rtol=1e-6)
 
 
 def parameters_of(parts):
