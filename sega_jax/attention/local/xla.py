@@ -13,6 +13,7 @@ What makes it fast on a CPU, each measured against PyTorch's kernel on the same 
   float32 around every slice of it;
 * where Cauchy-Schwarz bounds the logits of a head, as normalised queries and keys do in practice, its weights need
   no running maximum: one pass over the scores less, and nothing to rescale;
+* steps that have nothing to mask come first and build no mask, which would be worked out anew for every weight;
 * weights come from polynomials as accurate as their dtype holds, a quintic for float32 and a cubic for bfloat16, in
   place of XLA's exponential.
 """
@@ -158,7 +159,7 @@ class _Visits:
         whole: ``(i, length) -> number of leading steps`` in which every query sees every key (may be traced).
         take: ``(x [Nk, D], i, j) -> [chunk_k, D]``, the keys of step j.
         add: ``(x, i, j, update) -> x`` with the update added where `take` reads.
-        mask: ``(i, j, length) -> bool`` broadcastable to [chunk_q, chunk_k], or None for all; length i32 or None.
+        mask: ``(i, j, length) -> bool`` broadcastable to [chunk_q, chunk_k]; length i32 or None.
     """
 
     chunk_q: int
