@@ -27,6 +27,7 @@ CASES = {
     "dense 2048², lengths": ("h200:1", 2, 16_384 + TEXT, 128, None, True, False),
     "Scale-DiT mask K 6144²": ("h200:1", 1, 157_184, 128, (384, "kernel"), False, False),
     "Scale-DiT mask P 4096²": ("h200:1", 1, 70_144, 128, (256, "paper"), False, False),
+    "Scale-DiT mask P 6144²": ("h200:1", 1, 157_184, 128, (384, "paper"), False, False),
     "Scale-DiT mask K 1024², map as argument, lengths": ("h200:1", 1, 4_864, 128, (64, "kernel"), True, True),
 }
 

@@ -28,6 +28,7 @@ CASES = {
     "ScaleDiff windows of 4096²": (64, 1_024 + TEXT, 4_096 + TEXT, 128, "bfloat16", None, False),
     "Scale-DiT mask K 4096²": (1, 70_144, 70_144, 128, "bfloat16", (256, "kernel", False), False),
     "Scale-DiT mask K 6144²": (1, 157_184, 157_184, 128, "bfloat16", (384, "kernel", False), False),
+    "Scale-DiT mask P 4096²": (1, 70_144, 70_144, 128, "bfloat16", (256, "paper", False), False),
     "Scale-DiT mask P 6144²": (1, 157_184, 157_184, 128, "bfloat16", (384, "paper", False), False),
     "Scale-DiT mask K 1024², traced map, lengths": (1, 4_864, 4_864, 128, "bfloat16", (64, "kernel", True), True),
 }
