@@ -1,5 +1,6 @@
 """What the documentation shows is run, and what it lists is what there is."""
 
+import json
 import re
 import shlex
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sega_jax import positional as pe
+from sega_jax.attention.bench import table
 from sega_jax.cli import main
 from sega_jax.hub import resolve
 
@@ -29,6 +31,12 @@ def test_readme_python_runs(tmp_path, monkeypatch):
 def test_readme_lists_every_preset():
     table = README.split("## Positional methods")[1].split("##")[0]
     assert set(re.findall(r"`([a-z-]+)`", table)) - {"auto"} >= set(pe.presets())
+
+
+def test_readme_shows_the_committed_measurements():
+    reports = [json.loads(path.read_text()) for path in sorted(ROOT.glob("benchmarks/attention-*.json"))]
+    assert reports
+    assert table(reports) in README
 
 
 def test_readme_has_exactly_two_set_up_commands():

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +218,34 @@ def report(rows: list[Row], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**provenance(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     return path
+
+
+def table(reports: Iterable[Mapping[str, Any]]) -> str:
+    """Written reports in Markdown, a line per row; rates of sparse patterns count visited blocks alone."""
+    names = ("machine", "pattern", "picture", "heads", "dtype", "kernel", "seconds", "TFLOP/s", "of a matrix product")
+    names += ("occupancy", "speed", "error")
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for report in reports:
+        name = report["processor"] if report["device"] == "cpu" else report["device"]
+        machine = f"{name}, {report['threads']} threads"
+        for row in report["rows"]:
+            case = row["case"]
+            cells = (
+                machine,
+                case["pattern"],
+                f"{case['pixels']}² + {case['text']} text",
+                f"{case['heads']} x {case['depth']}",
+                case["dtype"],
+                row["backend"],
+                f"{row['seconds']:.3f}",
+                f"{row['teraflops']:.3f}",
+                f"{row['of_matmul']:.2f}",
+                f"{row['occupancy']:.3f}",
+                ", ".join(f"{ratio:.2f}x {other}" for other, ratio in row["speed_against"].items()),
+                f"{row['error']:.0e}",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def tune(case: Case, backends: tuple[str, ...] | None = None, rounds: int = 5) -> list[tiles.Entry]:
