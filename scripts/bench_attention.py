@@ -1,20 +1,19 @@
-"""Measure the attention kernels of this device, and write README's table from every file in ``benchmarks``.
+"""``sega-jax bench`` with its options, then README's table from every ``benchmarks/attention-*.json``.
 
 python scripts/bench_attention.py --pixels 1024 2048
 """
 
 import json
+import sys
 from pathlib import Path
 
-import tyro
-
 from sega_jax.attention.bench import table
-from sega_jax.cli import Bench
+from sega_jax.cli import main
 from sega_jax.evaluation.contest import write_into
 
 if __name__ == "__main__":
-    bench = tyro.cli(Bench, description=__doc__)
-    print(bench.show(bench.run()))
+    if code := main(["bench", *sys.argv[1:]]):
+        sys.exit(code)
     root = Path(__file__).parents[1]
     reports = [json.loads(path.read_text()) for path in sorted(root.glob("benchmarks/attention-*.json"))]
     write_into(root / "README.md", "attention", table(reports))

@@ -274,11 +274,11 @@ def test_merge_of_splits(name):
 def test_memory_is_linear(backward, block):
     """Compiled temporary memory grows with N, not with N^2, and stays below a byte per pair.
 
-    Chunks of one size at every length, so that what is in flight is the same constant in each.
+    Its growth is compared with chunks of one size at every length, so that what is in flight is the same constant in
+    each; with the chunks a run takes it grows no faster than N.
     """
-    plan = replace(xla.CPU, scores=512 * 1_024, keys=1_024)
 
-    def temporary(n):
+    def temporary(n, plan):
         blocks = None
         if block:
             band = np.abs(np.subtract.outer(np.arange(n // block), np.arange(n // block))) <= 1
@@ -295,9 +295,12 @@ def test_memory_is_linear(backward, block):
         run = jax.jit(jax.grad(loss, (0, 1, 2)) if backward else forward)
         return run.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
 
-    four, eight, sixteen = (temporary(n) for n in (4_096, 8_192, 16_384))
+    plan = replace(xla.CPU, scores=512 * 1_024, keys=1_024)
+    four, eight, sixteen = (temporary(n, plan) for n in (4_096, 8_192, 16_384))
     assert sixteen < 16_384**2
     assert sixteen - eight <= 2.2 * max(eight - four, 4_096 * 2 * 32 * 4)
+    four, sixteen = (temporary(n, None) for n in (4_096, 16_384))
+    assert sixteen < min(16_384**2, 4 * four)
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -374,7 +377,8 @@ def test_a_nan_stays_one(dtype):
     assert np.isnan(np.asarray(out[0, 2], np.float32)).all()
     assert np.isnan(lse[0, 2]).all()
     others = np.asarray([0, 1, 3, 4])
-    np.testing.assert_allclose(*(np.asarray(x[0, others], np.float32) for x in (out, expected)), atol=1e-2)
+    atol = 1e-6 if dtype == "float32" else 1e-2
+    np.testing.assert_allclose(*(np.asarray(x[0, others], np.float32) for x in (out, expected)), atol=atol)
 
 
 def test_an_unknown_length_takes_the_exact_softmax():

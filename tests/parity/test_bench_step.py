@@ -22,8 +22,7 @@ def test_nano_against_its_plan_and_diffusers(tmp_path):
     assert run.stdout.startswith("64²: ")
     assert "the speed of diffusers" in run.stdout
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["theirs"]["seconds"] > 0
-    assert row["ours"]["seconds"] < row["first"]  # the first compiles
+    assert not any("error" in row[name] or "missing" in row[name] for name in ("ours", "planned", "theirs"))
     parts = skeleton("nano")
     tokens, text = 16, parts.text_tokens
     blocks = step_flops(parts.transformer_config, tokens, text, (tokens + text) ** 2)
