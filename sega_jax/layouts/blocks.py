@@ -118,3 +118,47 @@ def from_units(units: np.ndarray, unit_q: int, unit_k: int, block_q: int, block_
     pattern[edge] = 1 + number.reshape(-1)
     patterns = distinct.reshape(-1, tall, wide).repeat(unit_q, 1).repeat(unit_k, 2)
     return from_blocks(pattern, patterns, block_q, block_k)
+
+
+def halved(blocks: BlockMap, keys: int) -> BlockMap | None:
+    """The same visits of ``keys`` keys in blocks half as wide; None where those would need patterns.  Concrete maps."""
+    side = blocks.block_k // 2
+    if blocks.block_k % 2:
+        return None
+    kinds = np.concatenate([np.ones((1, blocks.block_q, blocks.block_k), bool), blocks.patterns])
+    halves = kinds.reshape(len(kinds), blocks.block_q, 2, side)
+    seen, whole = halves.any((1, 3)), halves.all((1, 3))
+    if (seen != whole).any():
+        return None
+    count, columns, pattern = (np.asarray(x) for x in (blocks.count, blocks.columns, blocks.pattern))
+    visited = np.arange(columns.shape[1])[None, :] < count[:, None]
+    kept = (seen[pattern] & visited[:, :, None]).reshape(len(count), -1)
+    columns = (2 * columns[:, :, None] + np.arange(2, dtype=columns.dtype)).reshape(len(count), -1)
+    kept &= columns * side < keys
+    count = kept.sum(1).astype(np.int32)
+    width = max(1, int(count.max(initial=0)))
+    columns = np.take_along_axis(columns, np.argsort(~kept, axis=1, kind="stable"), 1)[:, :width]
+    last = np.take_along_axis(columns, np.maximum(count - 1, 0)[:, None], 1) * (count > 0)[:, None]
+    columns = np.where(np.arange(width)[None, :] < count[:, None], columns, last)
+    return BlockMap(
+        blocks.block_q, side, count, columns, np.zeros_like(columns), np.zeros((0, blocks.block_q, side), bool)
+    )
+
+
+def paired(blocks: BlockMap) -> BlockMap | None:
+    """The same visits with every two rows as one; None where two visit different columns, or it takes more patterns.
+    Concrete maps."""
+    count, columns, pattern = (np.asarray(x) for x in (blocks.count, blocks.columns, blocks.pattern))
+    if len(count) % 2 or (count[::2] != count[1::2]).any():
+        return None
+    visited = np.arange(columns.shape[1])[None, :] < count[::2, None]
+    if ((columns[::2] != columns[1::2]) & visited).any():
+        return None
+    kinds = np.concatenate([np.ones((1, blocks.block_q, blocks.block_k), bool), blocks.patterns])
+    codes = np.where(visited, pattern[::2] * len(kinds) + pattern[1::2], 0)
+    both, index = np.unique(np.append(codes, 0), return_inverse=True)  # 0, whole for both, comes first
+    if len(both) > len(kinds):
+        return None
+    patterns = np.concatenate([kinds[both[1:] // len(kinds)], kinds[both[1:] % len(kinds)]], 1)
+    numbers = index[:-1].reshape(codes.shape).astype(pattern.dtype)
+    return BlockMap(2 * blocks.block_q, blocks.block_k, count[::2], columns[::2], numbers, patterns)

@@ -31,7 +31,7 @@ import numpy as np
 
 from sega_jax.attention.local.contract import Kernel, Refusal, Request, Tile, accumulator, platform
 from sega_jax.attention.local.tiles import tuned
-from sega_jax.layouts.blocks import BlockMap
+from sega_jax.layouts.blocks import BlockMap, halved, paired
 
 ALIGN = 128
 LOG2_E = 1 / math.log(2.0)
@@ -39,6 +39,7 @@ ROUNDING = 1.5 * 2.0**23  # a float32 plus this ends in its nearest integer
 ROUNDING_BITS = int(np.float32(ROUNDING).view(np.int32))
 LN_2_HIGH, LN_2_LOW = 0.693359375, -2.12194440e-4  # the first has so few bits that small multiples are exact
 LOWEST = -87.0  # weights below e^-87 are zero: beside a weight of 1 they are nothing, and polynomials end there
+NARROWEST, TALLEST = 64, 512  # keys and queries of blocks cut anew: products gain nothing beyond
 LIMIT = 60.0  # largest logit whose weights need no maximum: sums of 1e6 of them stay below float32's e^88
 
 
@@ -216,6 +217,18 @@ def _dense_visits(queries: int, keys: int, planes: int, plan: Plan) -> _Visits:
     return _Visits(chunk_q, chunks, start_q, count, whole, take, add, mask)
 
 
+def _suited(blocks: BlockMap, keys: int) -> BlockMap:
+    """A concrete map in the blocks that are quickest here: halves where those need no patterns, and as many rows in
+    one product as agree on what they visit."""
+    if isinstance(blocks.count, jax.core.Tracer):
+        return blocks
+    if len(blocks.patterns) and blocks.block_k >= 2 * NARROWEST:
+        blocks = halved(blocks, keys) or blocks
+    while 2 * blocks.block_q <= TALLEST and (joined := paired(blocks)) is not None:
+        blocks = joined
+    return blocks
+
+
 def _together(blocks: BlockMap, plan: Plan) -> int:
     """Blocks fetched together: as many as make the rows' visits cheapest, a step costing two blocks by itself."""
     most = max(1, plan.fetch // blocks.block_k)
@@ -235,29 +248,28 @@ def _sparse_visits(blocks: BlockMap, keys: int, plan: Plan) -> _Visits:
     partial_block = (pattern > 0) | ((columns + 1) * side > keys)
     rank = jnp.where(jnp.arange(width)[None, :] < counts[:, None], partial_block.astype(jnp.int32), 2)
     first = jnp.argsort(rank, axis=1, stable=True)
-    extra = ((0, 0), (0, -width % group))
+    # one group more than is visited: were a step's slice the whole row, XLA would compute it before each of two loops
+    extra = ((0, 0), (0, -width % group + group))
     columns = jnp.pad(jnp.take_along_axis(columns, first, 1), extra)
     pattern = jnp.pad(jnp.take_along_axis(pattern, first, 1), extra)
     whole_steps = (rank == 0).sum(1) // group
     distinct = len(blocks.patterns)
     patterns = jnp.concatenate([jnp.ones((1, blocks.block_q, side), bool), jnp.asarray(blocks.patterns)])
 
-    def starts(i, j):
-        return [columns[i, j * group + t] * side for t in range(group)]
+    def met(i, j):
+        return jax.lax.dynamic_slice(columns, (i, j * group), (1, group))[0]
 
     def take(x, i, j):
-        raw = _raw(x)
-        return _float(jnp.concatenate([jax.lax.dynamic_slice_in_dim(raw, s, side) for s in starts(i, j)]), x.dtype)
+        rows = _raw(x).reshape(-1, side * x.shape[-1])  # copied as rows: joined slices would be copied value by value
+        return _float(rows[met(i, j)].reshape(group * side, -1), x.dtype)
 
     def add(x, i, j, update):
-        for t, s in enumerate(starts(i, j)):
-            piece = jax.lax.dynamic_slice_in_dim(x, s, side) + update[t * side : (t + 1) * side]
-            x = jax.lax.dynamic_update_slice_in_dim(x, piece, s, 0)
-        return x
+        rows = x.reshape(-1, side * x.shape[-1])
+        return rows.at[met(i, j)].add(update.reshape(group, -1)).reshape(x.shape)
 
     def mask(i, j, length):
         slot = j * group + jnp.arange(group)
-        position = jnp.stack(starts(i, j))[:, None] + jnp.arange(side)[None, :]
+        position = met(i, j)[:, None] * side + jnp.arange(side)[None, :]
         visible = (slot < counts[i])[:, None] & (position < (keys if length is None else length))
         visible = visible.reshape(1, group * side)
         if distinct:
@@ -511,6 +523,7 @@ def run(request: Request, plan: Plan | None = None, tile: Tile | None = None) ->
     queries, keys = q.shape[1], k.shape[1]
     if blocks is not None:
         # chosen here: inside a differentiable function even a constant map is traced
+        blocks = _suited(blocks, keys) if plan.separate else blocks
         plan = replace(plan, fetch=_together(blocks, plan) * blocks.block_k)
         q = _padded(q, blocks.block_q)
         k, v = _padded(k, blocks.block_k), _padded(v, blocks.block_k)
