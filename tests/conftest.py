@@ -31,7 +31,7 @@ def own_compilation_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_are_dropped():
-    """Every compiled program holds some ten memory mappings until JAX forgets it."""
+    """Every compiled program holds seven or more memory mappings until JAX forgets it."""
     yield
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()

@@ -14,6 +14,8 @@ What makes it fast on a CPU, each measured against PyTorch's kernel on the same 
 * where Cauchy-Schwarz bounds the logits of a head, as normalised queries and keys do in practice, its weights need
   no running maximum: one pass over the scores less, and nothing to rescale;
 * steps that have nothing to mask come first and build no mask, which would be worked out anew for every weight;
+* under a concrete block map, query blocks that visit the same keys share one product, for small ones are slow, and
+  blocks are halved where that does away with every pattern;
 * weights come from polynomials as accurate as their dtype holds, a quintic for float32 and a cubic for bfloat16, in
   place of XLA's exponential.
 """
@@ -39,7 +41,7 @@ ROUNDING = 1.5 * 2.0**23  # a float32 plus this ends in its nearest integer
 ROUNDING_BITS = int(np.float32(ROUNDING).view(np.int32))
 LN_2_HIGH, LN_2_LOW = 0.693359375, -2.12194440e-4  # the first has so few bits that small multiples are exact
 LOWEST = -87.0  # weights below e^-87 are zero: beside a weight of 1 they are nothing, and polynomials end there
-NARROWEST, TALLEST = 64, 512  # keys and queries of blocks cut anew: products gain nothing beyond
+NARROWEST, TALLEST = 64, 512  # no block is cut into fewer keys, and no rows are joined to more queries
 LIMIT = 60.0  # largest logit whose weights need no maximum: sums of 1e6 of them stay below float32's e^88
 
 
