@@ -120,17 +120,12 @@ def from_units(units: np.ndarray, unit_q: int, unit_k: int, block_q: int, block_
     return from_blocks(pattern, patterns, block_q, block_k)
 
 
-def _kinds(blocks: BlockMap) -> np.ndarray:
-    """bool [1 + P, block_q, block_k] by pattern number: the whole block, then ``patterns``."""
-    return np.concatenate([np.ones((1, blocks.block_q, blocks.block_k), bool), blocks.patterns])
-
-
 def halved(blocks: BlockMap, keys: int) -> BlockMap | None:
     """The same visits of ``keys`` keys in blocks half as wide; None where those would need patterns.  Concrete maps."""
     side = blocks.block_k // 2
     if blocks.block_k % 2:
         return None
-    kinds = _kinds(blocks)
+    kinds = np.concatenate([np.ones((1, blocks.block_q, blocks.block_k), bool), blocks.patterns])
     halves = kinds.reshape(len(kinds), blocks.block_q, 2, side)
     seen, whole = halves.any((1, 3)), halves.all((1, 3))
     if (seen != whole).any():
@@ -148,22 +143,3 @@ def halved(blocks: BlockMap, keys: int) -> BlockMap | None:
     return BlockMap(
         blocks.block_q, side, count, columns, np.zeros_like(columns), np.zeros((0, blocks.block_q, side), bool)
     )
-
-
-def paired(blocks: BlockMap) -> BlockMap | None:
-    """The same visits with every two rows as one; None where two visit different columns, or it takes more patterns.
-    Concrete maps."""
-    count, columns, pattern = (np.asarray(x) for x in (blocks.count, blocks.columns, blocks.pattern))
-    if len(count) % 2 or (count[::2] != count[1::2]).any():
-        return None
-    visited = np.arange(columns.shape[1])[None, :] < count[::2, None]
-    if ((columns[::2] != columns[1::2]) & visited).any():
-        return None
-    kinds = _kinds(blocks)
-    codes = np.where(visited, pattern[::2] * len(kinds) + pattern[1::2], 0)
-    both, index = np.unique(np.append(codes, 0), return_inverse=True)  # 0, whole for both, comes first
-    if len(both) > len(kinds):
-        return None
-    patterns = np.concatenate([kinds[both[1:] // len(kinds)], kinds[both[1:] % len(kinds)]], 1)
-    numbers = index[:-1].reshape(codes.shape).astype(pattern.dtype)
-    return BlockMap(2 * blocks.block_q, blocks.block_k, count[::2], columns[::2], numbers, patterns)

@@ -40,14 +40,13 @@ def test_the_tpu_kernel_equals_masked_dense_attention(mask):
     np.testing.assert_allclose(lse[0, :, 0], expected_lse, atol=1e-5)
 
 
-@pytest.mark.parametrize(("mask", "sides"), [("kernel", (128, 64)), ("paper", (256, 64))])
-def test_the_xla_path_equals_masked_dense_attention_in_blocks_of_its_own(mask, sides):
+@pytest.mark.parametrize(("mask", "heights"), [("kernel", {128, 256, 512}), ("paper", {256, 512})])
+def test_the_xla_path_equals_masked_dense_attention_in_rectangles(mask, heights):
     text, side = 256, 48
     total = text + side * side + side * side // 16
     q, k, v = operands(total)
     blocks = block_map(side, side, text, mask)
-    cut = xla._suited(blocks, total)
-    assert (cut.block_q, cut.block_k) == sides != (blocks.block_q, blocks.block_k)
+    assert {part.height for part in xla._suited(blocks, total, xla.CPU)} == heights
 
     def run(q, k, v):
         return xla.run(Request(q, k, v, SCALE, None, blocks))

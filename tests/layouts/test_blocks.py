@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sega_jax.layouts.blocks import from_mask, halved, paired
+from sega_jax.layouts.blocks import from_mask, halved
 from sega_jax.layouts.windows import block_map
 
 
@@ -39,36 +39,9 @@ def test_halves_that_need_patterns_are_not_cut():
     assert halved(from_mask(mask, 8, 5), 64) is None
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 99), st.integers(1, 6), st.integers(1, 70))
-def test_rows_that_agree_are_paired(seed, rows, keys):
-    mask = drawn(np.random.default_rng(seed), 16 * rows, keys, 16, 4, kinds=3)
-    mask[8::16] = mask[7::16] | (mask[7::16].any(0) & mask[8::16])  # the halves of a pair may differ within blocks
-    blocks = from_mask(mask, 8, 16)
-    joined = paired(blocks)
-    direct = from_mask(mask, 16, 16)
-    agree = 2 * direct.visited == blocks.visited
-    if joined is None:
-        assert not agree or len(direct.patterns) > len(blocks.patterns)
-    else:
-        assert agree
-        same(joined, mask, 16, 16)
-        assert len(joined.patterns) == len(direct.patterns)
-
-
-def test_rows_that_differ_are_not_paired():
-    assert paired(from_mask(np.tri(16, dtype=bool), 4, 4)) is None
-    assert paired(from_mask(np.ones((12, 4), bool), 4, 4)) is None  # three rows
-    assert paired(from_mask(np.repeat([[True, False], [False, True]], 4, 1).repeat(4, 0), 4, 4)) is None
-
-
-def test_scale_dits_masks():
-    """spec §6: mask K is made of blocks of 128 x 64, so its 30 half-empty ones at 1024 pixels vanish; the rows of a
-    window of mask P see the same."""
+def test_scale_dits_mask_k():
+    """spec §6: it is made of blocks of 128 x 64, so its 30 half-empty ones at 1024 pixels vanish."""
     whole = block_map(64, 64, 0, "kernel")
     assert (whole.visited, (whole.pattern > 0).sum()) == (260, 30)
     cut = halved(whole, 64 * 64 * 17 // 16)
     assert (cut.visited, len(cut.patterns)) == (490, 0)
-    paper = block_map(64, 64, 0, "paper")
-    assert 2 * paired(paper).visited == paper.visited
-    assert paired(cut) is None

@@ -14,8 +14,8 @@ What makes it fast on a CPU, each measured against PyTorch's kernel on the same 
 * where Cauchy-Schwarz bounds the logits of a head, as normalised queries and keys do in practice, its weights need
   no running maximum: one pass over the scores less, and nothing to rescale;
 * steps that have nothing to mask come first and build no mask, which would be worked out anew for every weight;
-* under a concrete block map, query blocks that visit the same keys share one product, for small ones are slow, and
-  blocks are halved where that does away with every pattern;
+* a concrete block map becomes rectangles, for small products are slow: what neighbouring rows have in common is one
+  tall one (`sega_jax.layouts.rectangles`), and blocks are halved where that does away with every pattern;
 * weights come from polynomials as accurate as their dtype holds, a quintic for float32 and a cubic for bfloat16, in
   place of XLA's exponential.
 """
@@ -33,7 +33,8 @@ import numpy as np
 
 from sega_jax.attention.local.contract import Kernel, Refusal, Request, Tile, accumulator, platform
 from sega_jax.attention.local.tiles import tuned
-from sega_jax.layouts.blocks import BlockMap, halved, paired
+from sega_jax.layouts.blocks import BlockMap, halved
+from sega_jax.layouts.rectangles import Rectangles, rectangles, rows
 
 ALIGN = 128
 LOG2_E = 1 / math.log(2.0)
@@ -41,7 +42,8 @@ ROUNDING = 1.5 * 2.0**23  # a float32 plus this ends in its nearest integer
 ROUNDING_BITS = int(np.float32(ROUNDING).view(np.int32))
 LN_2_HIGH, LN_2_LOW = 0.693359375, -2.12194440e-4  # the first has so few bits that small multiples are exact
 LOWEST = -87.0  # weights below e^-87 are zero: beside a weight of 1 they are nothing, and polynomials end there
-NARROWEST, TALLEST = 64, 512  # no block is cut into fewer keys, and no rows are joined to more queries
+NARROWEST = 64  # no block is cut into fewer keys
+FEWEST = 512  # rows that differ join for so many common keys
 LIMIT = 60.0  # largest logit whose weights need no maximum: sums of 1e6 of them stay below float32's e^88
 
 
@@ -54,6 +56,7 @@ class Plan:
         scores: number of scores in flight.
         keys: longest key chunk of a dense call.
         fetch: most keys fetched together under a block map.
+        tallest: most queries that rows of a block map join to.
         polynomial: weights by `_quintic_exponential` and `_cubic_power` instead of XLA's exponential.
     """
 
@@ -61,11 +64,12 @@ class Plan:
     scores: int
     keys: int
     fetch: int
+    tallest: int
     polynomial: bool
 
 
-CPU = Plan(separate=True, scores=1_024 * 4_096, keys=8_192, fetch=2_048, polynomial=True)
-OTHER = Plan(separate=False, scores=16 * 1024 * 1024, keys=4_096, fetch=1_024, polynomial=False)
+CPU = Plan(separate=True, scores=1_024 * 4_096, keys=8_192, fetch=1_536, tallest=1_024, polynomial=True)
+OTHER = Plan(separate=False, scores=16 * 1024 * 1024, keys=4_096, fetch=1_024, tallest=0, polynomial=False)
 
 
 def supports(request: Request) -> Refusal | None:
@@ -155,9 +159,11 @@ class _Visits:
     """Which keys a chunk of queries meets, in how many steps.
 
     Attributes:
-        chunk_q: queries per chunk; the last chunk may overlap its predecessor.
+        chunk_q: queries per chunk.
         chunks: number of query chunks.
         start: chunk -> its first query.
+        fresh: chunk -> the first of its queries that no earlier chunk had; None where other visits add to the same
+            queries.
         steps: ``(i, length) -> number of steps`` of chunk i (may be traced).
         whole: ``(i, length) -> number of leading steps`` in which every query sees every key (may be traced).
         take: ``(x [Nk, D], i, j) -> [chunk_k, D]``, the keys of step j.
@@ -168,6 +174,7 @@ class _Visits:
     chunk_q: int
     chunks: int
     start: Callable
+    fresh: Callable | None
     steps: Callable
     whole: Callable
     take: Callable
@@ -216,77 +223,67 @@ def _dense_visits(queries: int, keys: int, planes: int, plan: Plan) -> _Visits:
     def start_q(i):
         return jnp.minimum(i * chunk_q, queries - chunk_q)
 
-    return _Visits(chunk_q, chunks, start_q, count, whole, take, add, mask)
+    return _Visits(chunk_q, chunks, start_q, lambda i: i * chunk_q, count, whole, take, add, mask)
 
 
-def _suited(blocks: BlockMap, keys: int) -> BlockMap:
-    """A concrete map in the blocks that are quickest here: halves where those need no patterns, and as many rows in
-    one product as agree on what they visit."""
+def _suited(blocks: BlockMap, keys: int, plan: Plan) -> tuple[Rectangles, ...]:
+    """The map in the blocks and rectangles that are quickest here; a traced one as it is."""
     if isinstance(blocks.count, jax.core.Tracer):
-        return blocks
-    if len(blocks.patterns) and blocks.block_k >= 2 * NARROWEST:
+        return (rows(blocks),)
+    if plan.separate and len(blocks.patterns) and blocks.block_k >= 2 * NARROWEST:
         blocks = halved(blocks, keys) or blocks
-    while 2 * blocks.block_q <= TALLEST and (joined := paired(blocks)) is not None:
-        blocks = joined
-    return blocks
+    return rectangles(blocks, keys, plan.tallest, FEWEST)
 
 
-def _together(blocks: BlockMap, plan: Plan) -> int:
-    """Blocks fetched together: as many as make the rows' visits cheapest, a step costing two blocks by itself."""
-    most = max(1, plan.fetch // blocks.block_k)
-    if isinstance(blocks.count, jax.core.Tracer):
-        return most
-    counts = np.asarray(blocks.count)
-    return min(range(most, 0, -1), key=lambda n: (-(-counts // n)).sum() * (n + 2))
+def _together(part: Rectangles, plan: Plan) -> int:
+    """Blocks fetched together: as many as make the visits cheapest, a step costing two blocks by itself."""
+    longest = part.columns.shape[1]
+    most = max(1, min(longest, plan.fetch // part.block_k))
+    return min(range(most, 0, -1), key=lambda n: -(-longest // n) * (n + 2))
 
 
-def _sparse_visits(blocks: BlockMap, keys: int, plan: Plan) -> _Visits:
-    """``plan.fetch`` keys are fetched together, whole blocks first; of ``keys``, those that pad the last block are
-    never seen."""
-    rows, width = blocks.columns.shape
-    side = blocks.block_k
-    group = max(1, min(width, plan.fetch // side))
-    columns, pattern, counts = (jnp.asarray(x) for x in (blocks.columns, blocks.pattern, blocks.count))
-    partial_block = (pattern > 0) | ((columns + 1) * side > keys)
-    rank = jnp.where(jnp.arange(width)[None, :] < counts[:, None], partial_block.astype(jnp.int32), 2)
-    first = jnp.argsort(rank, axis=1, stable=True)
+def _sparse_visits(part: Rectangles, keys: int, plan: Plan) -> _Visits:
+    """Of ``keys`` keys, those that pad the last block are never seen."""
+    height, side = part.height, part.block_k
+    longest = part.columns.shape[1]
+    group = _together(part, plan)
+    steps = -(-longest // group)
+    start, count, columns, pattern = (jnp.asarray(x) for x in (part.start, part.count, part.columns, part.pattern))
     # one group more than is visited: were a step's slice the whole row, XLA would compute it before each of two loops
-    extra = ((0, 0), (0, -width % group + group))
-    columns = jnp.pad(jnp.take_along_axis(columns, first, 1), extra)
-    pattern = jnp.pad(jnp.take_along_axis(pattern, first, 1), extra)
-    whole_steps = (rank == 0).sum(1) // group
-    distinct = len(blocks.patterns)
-    patterns = jnp.concatenate([jnp.ones((1, blocks.block_q, side), bool), jnp.asarray(blocks.patterns)])
+    extra = ((0, 0), (0, (steps + 1) * group - longest))
+    columns, pattern = jnp.pad(columns, extra), jnp.pad(pattern, extra)
+    patterns = jnp.concatenate([jnp.ones((1, height, side), bool), jnp.asarray(part.patterns)])
 
     def met(i, j):
         return jax.lax.dynamic_slice(columns, (i, j * group), (1, group))[0]
 
     def take(x, i, j):
-        rows = _raw(x).reshape(-1, side * x.shape[-1])  # copied as rows: joined slices would be copied value by value
-        return _float(rows[met(i, j)].reshape(group * side, -1), x.dtype)
+        blocks = _raw(x).reshape(-1, side * x.shape[-1])  # copied as rows: joined slices would be copied by value
+        return _float(blocks[met(i, j)].reshape(group * side, -1), x.dtype)
 
     def add(x, i, j, update):
-        rows = x.reshape(-1, side * x.shape[-1])
-        return rows.at[met(i, j)].add(update.reshape(group, -1)).reshape(x.shape)
+        blocks = x.reshape(-1, side * x.shape[-1])
+        return blocks.at[met(i, j)].add(update.reshape(group, -1)).reshape(x.shape)
 
     def mask(i, j, length):
         slot = j * group + jnp.arange(group)
         position = met(i, j)[:, None] * side + jnp.arange(side)[None, :]
-        visible = (slot < counts[i])[:, None] & (position < (keys if length is None else length))
+        visible = (slot < count[i])[:, None] & (position < (keys if length is None else length))
         visible = visible.reshape(1, group * side)
-        if distinct:
+        if len(part.patterns):
             kinds = jax.lax.dynamic_slice(pattern, (i, j * group), (1, group))[0]
-            visible = visible & patterns[kinds].swapaxes(0, 1).reshape(blocks.block_q, group * side)
+            visible = visible & patterns[kinds].swapaxes(0, 1).reshape(height, group * side)
         return visible
 
-    def count(i, length):
+    def number(i, length):
         del length
-        return -(-counts[i] // group)
+        return steps if part.uniform else -(-count[i] // group)
 
     def whole(i, length):
-        return whole_steps[i] if length is None else 0
+        del i
+        return part.whole // group if length is None else 0
 
-    return _Visits(blocks.block_q, rows, lambda i: i * blocks.block_q, count, whole, take, add, mask)
+    return _Visits(height, len(part.start), lambda i: start[i], None, number, whole, take, add, mask)
 
 
 def _product(x: jax.Array, y: jax.Array, contract: tuple[int, int], wide) -> jax.Array:
@@ -299,7 +296,7 @@ def _scores(q: jax.Array, k: jax.Array, mask: jax.Array | None, wide) -> jax.Arr
     return scores if mask is None else jnp.where(mask, scores, -jnp.inf)
 
 
-def _forward_plane(q, k, v, length, visits: _Visits, scale: float, plan: Plan):
+def _forward_plane(q, k, v, length, visits: list[_Visits], scale: float, plan: Plan):
     """One sample and head: q [Nq, D], k [Nk, D], v [Nk, Dv], length i32 or None -> (out, lse [Nq])."""
     sweep = partial(_sweep, q, k, v, length, visits, scale, plan)
     if not plan.separate:  # batched over planes a branch would compute both sides
@@ -307,88 +304,90 @@ def _forward_plane(q, k, v, length, visits: _Visits, scale: float, plan: Plan):
     return jax.lax.cond(_bounded(q, k, scale), partial(sweep, bounded=True), partial(sweep, bounded=False))
 
 
-def _sweep(q, k, v, length, visits: _Visits, scale: float, plan: Plan, *, bounded: bool):
+def _sweep(q, k, v, length, visits: list[_Visits], scale: float, plan: Plan, *, bounded: bool):
     """`_forward_plane` with weights relative to a running maximum, or, ``bounded``, as they are."""
     dtype, wide = q.dtype, accumulator(q.dtype)
-    size, width = visits.chunk_q, v.shape[-1]
     raw_q = _raw(q)
 
-    def chunk(i, results):
-        q_chunk = _chunk(raw_q, visits.start(i), size, dtype)
+    def chunk(part: _Visits, i, results):
+        at, size = part.start(i), part.chunk_q
+        q_chunk = _chunk(raw_q, at, size, dtype)
 
         def attended(weights, j):
-            return _product(weights, visits.take(v, i, j), (1, 0), wide), weights.astype(wide).sum(-1)
+            weights = jax.lax.optimization_barrier(weights)  # else XLA computes them for the product and for the sum
+            return _product(weights, part.take(v, i, j), (1, 0), wide), weights.astype(wide).sum(-1)
 
         def bounded_step(mask, j, state):
-            acc, total, maximum = state
-            scores = _product(q_chunk, visits.take(k, i, j), (1, 1), wide)
+            acc, total = state
+            scores = _product(q_chunk, part.take(k, i, j), (1, 1), wide)
             update, mass = attended(_bounded_weights(scores, mask(j), scale, dtype, plan), j)
-            return acc + update, total + mass, maximum
+            return acc + update, total + mass
 
         def step(mask, j, state):
             acc, total, maximum = state
-            scores = _scores(q_chunk, visits.take(k, i, j), mask(j), wide)
+            scores = _scores(q_chunk, part.take(k, i, j), mask(j), wide)
             highest = jnp.maximum(maximum, scores.max(-1))
             shift = jnp.where(jnp.isneginf(highest), 0.0, highest)
             keep = jnp.exp((maximum - shift) * scale)
             update, mass = attended(_weights(scores, shift, scale, dtype, plan), j)
             return acc * keep[:, None] + update, total * keep + mass, highest
 
-        start = jnp.full((size,), 0.0 if bounded else -jnp.inf, wide)
-        state = jnp.zeros((size, width), wide), jnp.zeros((size,), wide), start
-        one, whole = (bounded_step if bounded else step), visits.whole(i, length)
-        state = jax.lax.fori_loop(0, whole, partial(one, lambda j: None), state)
-        edge = partial(one, lambda j: visits.mask(i, j, length))
-        acc, total, maximum = jax.lax.fori_loop(whole, visits.steps(i, length), edge, state)
-        empty = total == 0
-        safe = jnp.where(empty, 1.0, total)
-        out = _raw((acc / safe[:, None]).astype(dtype))
-        lse = jnp.where(empty, -jnp.inf, maximum * scale + jnp.log(safe))
-        at = visits.start(i)
-        return (
-            jax.lax.dynamic_update_slice_in_dim(results[0], out, at, 0),
-            jax.lax.dynamic_update_slice_in_dim(results[1], lse, at, 0),
-        )
+        found = initial(size) if part.fresh else [jax.lax.dynamic_slice_in_dim(x, at, size) for x in results]
+        one, whole = (bounded_step if bounded else step), part.whole(i, length)
+        found = jax.lax.fori_loop(0, whole, partial(one, lambda j: None), tuple(found))
+        edge = partial(one, lambda j: part.mask(i, j, length))
+        found = jax.lax.fori_loop(whole, part.steps(i, length), edge, found)
+        return tuple(jax.lax.dynamic_update_slice_in_dim(x, new, at, 0) for x, new in zip(results, found, strict=True))
 
-    results = _raw(jnp.zeros((len(q), width), dtype)), jnp.zeros((len(q),), wide)
-    out, lse = jax.lax.fori_loop(0, visits.chunks, chunk, results)
-    return _float(out, dtype), lse
+    def initial(size: int):
+        state = jnp.zeros((size, v.shape[-1]), wide), jnp.zeros((size,), wide)
+        return state if bounded else (*state, jnp.full((size,), -jnp.inf, wide))
+
+    results = initial(len(q))
+    for part in visits:
+        results = jax.lax.fori_loop(0, part.chunks, partial(chunk, part), results)
+    acc, total, *maximum = results
+    empty = total == 0
+    safe = jnp.where(empty, 1.0, total)
+    lse = jnp.log(safe) + (maximum[0] * scale if maximum else 0.0)
+    return (acc / safe[:, None]).astype(dtype), jnp.where(empty, -jnp.inf, lse)
 
 
-def _backward_plane(q, k, v, out, lse, d_out, d_lse, length, visits: _Visits, scale: float):
+def _backward_plane(q, k, v, out, lse, d_out, d_lse, length, visits: list[_Visits], scale: float):
     """Cotangents of q, k, v of one sample and head; ``d score = weight * (d_out . v - d_out . out + d_lse)``."""
     dtype, wide = q.dtype, accumulator(q.dtype)
-    size = visits.chunk_q
     offset = d_lse - (d_out.astype(wide) * out.astype(wide)).sum(-1)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # a query without keys: all its weights are zero
     raw_q, raw_d = _raw(q), _raw(d_out)
 
-    def chunk(i, state):
+    def chunk(part: _Visits, i, state):
         dq, dk, dv = state
-        start = visits.start(i)
+        start, size = part.start(i), part.chunk_q
         q_chunk, d_chunk = _chunk(raw_q, start, size, dtype), _chunk(raw_d, start, size, dtype)
-        fresh = start + jnp.arange(size) >= i * size  # rows of an overlap count once
-        shift = jnp.where(fresh, jax.lax.dynamic_slice_in_dim(lse, start, size), jnp.inf)
+        shift = jax.lax.dynamic_slice_in_dim(lse, start, size)
+        if part.fresh:  # rows of an overlap count once
+            shift = jnp.where(start + jnp.arange(size) >= part.fresh(i), shift, jnp.inf)
         bias = jax.lax.dynamic_slice_in_dim(offset, start, size)
 
         def step(j, state):
             dq_chunk, dk, dv = state
-            k_chunk, v_chunk = visits.take(k, i, j), visits.take(v, i, j)
-            scores = _scores(q_chunk, k_chunk, visits.mask(i, j, length), wide)
+            k_chunk, v_chunk = part.take(k, i, j), part.take(v, i, j)
+            scores = _scores(q_chunk, k_chunk, part.mask(i, j, length), wide)
             weights = jnp.exp(scores * scale - shift[:, None])
             slope = weights * (_product(d_chunk, v_chunk, (1, 1), wide) + bias[:, None]) * scale
             slope, weights = slope.astype(dtype), weights.astype(dtype)
-            dk = visits.add(dk, i, j, _product(slope, q_chunk, (0, 0), wide))
-            dv = visits.add(dv, i, j, _product(weights, d_chunk, (0, 0), wide))
+            dk = part.add(dk, i, j, _product(slope, q_chunk, (0, 0), wide))
+            dv = part.add(dv, i, j, _product(weights, d_chunk, (0, 0), wide))
             return dq_chunk + _product(slope, k_chunk, (1, 0), wide), dk, dv
 
-        dq_chunk = jnp.zeros(q_chunk.shape, wide)
-        dq_chunk, dk, dv = jax.lax.fori_loop(0, visits.steps(i, length), step, (dq_chunk, dk, dv))
-        dq_chunk = dq_chunk + jax.lax.dynamic_slice_in_dim(dq, start, size)
+        dq_chunk = jax.lax.dynamic_slice_in_dim(dq, start, size)
+        dq_chunk, dk, dv = jax.lax.fori_loop(0, part.steps(i, length), step, (dq_chunk, dk, dv))
         return jax.lax.dynamic_update_slice_in_dim(dq, dq_chunk, start, 0), dk, dv
 
-    zeros = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))
-    return tuple(x.astype(dtype) for x in jax.lax.fori_loop(0, visits.chunks, chunk, zeros))
+    state = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))
+    for part in visits:
+        state = jax.lax.fori_loop(0, part.chunks, partial(chunk, part), state)
+    return tuple(x.astype(dtype) for x in state)
 
 
 def _over_planes(plane: Callable, arrays: tuple[jax.Array, ...], length: jax.Array | None, plan: Plan):
@@ -406,11 +405,11 @@ def _over_planes(plane: Callable, arrays: tuple[jax.Array, ...], length: jax.Arr
     def one(p):
         b, h = p // heads, p % heads
         parts = [
-            _float(jax.lax.dynamic_slice(x, (b, 0, h, *(0,) * (x.ndim - 3)), (1, x.shape[1], 1, *x.shape[3:])), a.dtype)
-            for x, a in zip(raw, arrays, strict=True)
+            jax.lax.dynamic_slice(x, (b, 0, h, *(0,) * (x.ndim - 3)), (1, x.shape[1], 1, *x.shape[3:])) for x in raw
         ]
         # the barrier keeps the bound on the logits from slicing q and k a second time
         parts = jax.lax.optimization_barrier([x.reshape(x.shape[1], *x.shape[3:]) for x in parts])
+        parts = [_float(x, a.dtype) for x, a in zip(parts, arrays, strict=True)]
         return plane(*parts, None if length is None else length[b])
 
     shapes = jax.eval_shape(one, 0)
@@ -427,27 +426,27 @@ def _over_planes(plane: Callable, arrays: tuple[jax.Array, ...], length: jax.Arr
     return tuple(_float(r, s.dtype) for r, s in zip(results, shapes, strict=True))
 
 
-def _visits(q: jax.Array, k: jax.Array, blocks: BlockMap | None, true_keys: int, plan: Plan) -> _Visits:
-    if blocks is not None:
-        return _sparse_visits(blocks, true_keys, plan)
-    return _dense_visits(q.shape[1], k.shape[1], 1 if plan.separate else q.shape[0] * q.shape[2], plan)
+def _visits(q: jax.Array, k: jax.Array, parts: tuple[Rectangles, ...] | None, true_keys: int, plan: Plan):
+    if parts is not None:
+        return [_sparse_visits(part, true_keys, plan) for part in parts]
+    return [_dense_visits(q.shape[1], k.shape[1], 1 if plan.separate else q.shape[0] * q.shape[2], plan)]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, lengths, blocks, scale: float, true_keys: int, plan: Plan):
-    visits = _visits(q, k, blocks, true_keys, plan)
+def _attention(q, k, v, lengths, parts, scale: float, true_keys: int, plan: Plan):
+    visits = _visits(q, k, parts, true_keys, plan)
     plane = partial(_forward_plane, visits=visits, scale=scale, plan=plan)
     return _over_planes(plane, (q, k, v), lengths, plan)
 
 
-def _attention_forward(q, k, v, lengths, blocks, scale, true_keys, plan):
-    out, lse = _attention(q, k, v, lengths, blocks, scale, true_keys, plan)
-    return (out, lse), (q, k, v, lengths, blocks, out, lse)
+def _attention_forward(q, k, v, lengths, parts, scale, true_keys, plan):
+    out, lse = _attention(q, k, v, lengths, parts, scale, true_keys, plan)
+    return (out, lse), (q, k, v, lengths, parts, out, lse)
 
 
 def _attention_backward(scale, true_keys, plan, residuals, cotangents):
-    q, k, v, lengths, blocks, out, lse = residuals
-    visits = _visits(q, k, blocks, true_keys, plan)
+    q, k, v, lengths, parts, out, lse = residuals
+    visits = _visits(q, k, parts, true_keys, plan)
     plane = partial(_backward_plane, visits=visits, scale=scale)
     return *_over_planes(plane, (q, k, v, out, lse, *cotangents), lengths, plan), None, None
 
@@ -467,12 +466,13 @@ def backward(request: Request, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.A
     """Cotangents of q, k, v from those of any kernel's ``(out, lse)``; positive scales only."""
     q, k, v, blocks = request.q, request.k, request.v, request.block_map
     queries, keys = q.shape[1], k.shape[1]
-    asked = [q, out, lse, d_out, d_lse]
+    asked, parts = [q, out, lse, d_out, d_lse], None
     if blocks is not None:
+        parts = _suited(blocks, keys, _plan())
         asked = [_padded(x, blocks.block_q) for x in asked]
         k, v = _padded(k, blocks.block_k), _padded(v, blocks.block_k)
     q, out, lse, d_out, d_lse = asked
-    residuals = (q, k, v, request.kv_length, blocks, out, lse)
+    residuals = (q, k, v, request.kv_length, parts, out, lse)
     dq, dk, dv, *_ = _attention_backward(request.scale, keys, _plan(), residuals, (d_out, d_lse))
     return dq[:, :queries], dk[:, :keys], dv[:, :keys]
 
@@ -519,17 +519,17 @@ def run(request: Request, plan: Plan | None = None, tile: Tile | None = None) ->
         tile = tile or (tuned("xla", request) if plan.separate else None)
     if tile is not None:
         plan = replace(plan, scores=tile[0] * tile[1], keys=tile[1])
-    q, k, v, scale, blocks = request.q, request.k, request.v, request.scale, request.block_map
+    q, k, v, scale = request.q, request.k, request.v, request.scale
     if not scale > 0:  # the running maximum is taken before scaling
         q, scale = (q.astype(accumulator(q.dtype)) * scale).astype(q.dtype), 1.0
     queries, keys = q.shape[1], k.shape[1]
-    if blocks is not None:
-        # chosen here: inside a differentiable function even a constant map is traced
-        blocks = _suited(blocks, keys) if plan.separate else blocks
-        plan = replace(plan, fetch=_together(blocks, plan) * blocks.block_k)
+    parts = None
+    if (blocks := request.block_map) is not None:
+        # cut here: inside a differentiable function even a constant map is traced
+        parts = _suited(blocks, keys, plan)
         q = _padded(q, blocks.block_q)
         k, v = _padded(k, blocks.block_k), _padded(v, blocks.block_k)
-    out, lse = _attention(q, k, v, request.kv_length, blocks, scale, keys, plan)
+    out, lse = _attention(q, k, v, request.kv_length, parts, scale, keys, plan)
     return out[:, :queries], lse[:, :queries]
 
 
