@@ -1,6 +1,6 @@
 """``sega-jax bench`` with its options, then README's table from every ``benchmarks/attention-*.json``.
 
-python scripts/bench_attention.py --pixels 1024 2048
+python scripts/bench_attention.py --pixels 1024 2048 --text 0 512
 """
 
 import json

@@ -78,7 +78,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What one contestant did in one case; rates in TFLOP/s, ``error`` relative to float64 on sampled rows."""
+    """What one contestant did in one case; rates in TFLOP/s, ``error`` relative to float64 on sampled rows.
+
+    ``per_pair``: time per visited pair, over that of the same kernel under a full map; None where that is not known.
+    """
 
     case: Case
     backend: str
@@ -91,6 +94,16 @@ class Row:
     error: float
     speed_against: dict[str, float] = field(default_factory=dict)
     processor_against: dict[str, float] = field(default_factory=dict)
+    per_pair: float | None = None
+
+
+def beside_full(row: Row, others: Iterable[Row]) -> Row:
+    """The row with its ``per_pair`` by the full map's row among ``others``, if it is there."""
+    full = replace(row.case, pattern="full")
+    for other in others:
+        if (other.backend, other.case) == (row.backend, full):
+            return replace(row, per_pair=other.teraflops / row.teraflops)
+    return row
 
 
 def _torch_attention(request: Request) -> Callable[[], object] | None:
@@ -221,9 +234,10 @@ def report(rows: list[Row], folder: Path) -> Path:
 
 
 def table(reports: Iterable[Mapping[str, Any]]) -> str:
-    """Written reports in Markdown, a line per row; rates of sparse patterns count visited blocks alone."""
+    """Written reports in Markdown, a line per row; rates of sparse patterns count visited blocks alone, "per pair" is
+    their time per visited pair over that of the full map."""
     names = ("machine", "pattern", "picture", "heads", "dtype", "kernel", "seconds", "TFLOP/s", "of a matrix product")
-    names += ("occupancy", "speed", "error")
+    names += ("occupancy", "per pair", "speed", "error")
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for report in reports:
         name = report["processor"] if report["device"] == "cpu" else report["device"]
@@ -241,6 +255,7 @@ def table(reports: Iterable[Mapping[str, Any]]) -> str:
                 f"{row['teraflops']:.3f}",
                 f"{row['of_matmul']:.2f}",
                 f"{row['occupancy']:.3f}",
+                "" if row["per_pair"] is None else f"{row['per_pair']:.2f}",
                 ", ".join(f"{ratio:.2f}x {other}" for other, ratio in row["speed_against"].items()),
                 f"{row['error']:.0e}",
             )
@@ -283,8 +298,10 @@ def line(row: Row) -> str:
     )
     what = f"{c.pattern} {c.pixels}² + {c.text} text, {c.heads} x {c.depth}, {c.dtype}, {row.backend}"
     rate = f"{row.seconds:.3f} s, {row.teraflops:.3f} TFLOP/s, {row.of_matmul:.2f} of a matmul"
-    rest = f"occupancy {row.occupancy:.3f}, error {row.error:.1e}"
-    return f"{what}: {rate}, {rest}" + (f"; speed {against}" if against else "")
+    occupancy = f"occupancy {row.occupancy:.3f}"
+    if row.per_pair is not None:
+        occupancy += f" at {row.per_pair:.2f} times the full map's time per pair"
+    return f"{what}: {rate}, {occupancy}, error {row.error:.1e}" + (f"; speed {against}" if against else "")
 
 
 def tile_line(entry: tiles.Entry) -> str:

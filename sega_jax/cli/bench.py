@@ -19,8 +19,8 @@ class Bench:
     """dense, full, scale-dit-k, scale-dit-p, scalediff."""
     dtypes: Annotated[tuple[Literal["bfloat16", "float32"], ...], option("DTYPE ...", "bfloat16")] = ("bfloat16",)
     """Of queries, keys and values."""
-    text: Annotated[int, option("N", "512")] = 512
-    """Text tokens, a multiple of 128."""
+    text: Annotated[tuple[int, ...], option("N ...", "512")] = (512,)
+    """Text tokens, multiples of 128."""
     heads: Annotated[int, option("N", "24")] = 24
     """Attention heads."""
     depth: Annotated[int, option("N", "128")] = 128
@@ -50,10 +50,10 @@ class Bench:
         from sega_jax.provenance import provenance
 
         patterns = self.patterns or (("dense",) if self.tune else bench.PATTERNS)
-        shape = (self.text, self.heads, self.depth)
         cases = [
-            bench.Case(pattern, pixels, *shape, dtype, self.block)
+            bench.Case(pattern, pixels, text, self.heads, self.depth, dtype, self.block)
             for pixels in self.pixels
+            for text in self.text
             for dtype in self.dtypes
             for pattern in patterns
         ]
@@ -61,8 +61,8 @@ class Bench:
         rows = []
         for case in cases:
             for row in measure(case, self.backends or None, self.rounds):
-                say(line(row))
-                rows.append(row)
+                rows.append(row if self.tune else bench.beside_full(row, rows))
+                say(line(rows[-1]))
         if self.tune:
             path = self.out or tiles.user_file()
             tiles.write(rows, path, provenance())

@@ -1,6 +1,7 @@
 """The benchmark runs every pattern at a small size and its own error figures agree with the kernels' bounds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -30,10 +31,17 @@ def test_measure_and_report(pattern, pixels, pairs, tmp_path):
             assert row.occupancy == 1
     if pattern == "scale-dit-p":
         assert rows[0].occupancy < 0.5
+        assert "per pair" not in bench.line(rows[0])
+        full = replace(rows[0], case=replace(case, pattern="full"), seconds=1.0, teraflops=2 * rows[0].teraflops)
+        rows[0] = bench.beside_full(rows[0], [rows[0], full])
+        assert rows[0].per_pair == 2
+        assert "at 2.00 times" in bench.line(rows[0])
+        assert bench.beside_full(full, [rows[0]]).per_pair is None
     record = json.loads(bench.report(rows, tmp_path).read_text())
     assert [row["backend"] for row in record["rows"]] == names
     assert record["versions"]["jax"]
     assert pattern in bench.line(rows[0])
+    assert bench.table([record]).count("\n") == 1 + len(rows)
 
 
 @pytest.mark.parametrize(("pattern", "pixels"), [("ring", 1024), ("dense", 1000)])
