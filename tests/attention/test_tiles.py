@@ -94,7 +94,7 @@ def test_every_tiling_of_the_cpu_path_gives_the_same(device):
 
 
 def test_the_verb_measures_and_keeps(device):
-    options = {"pixels": (256,), "dtypes": ("float32",), "text": 128, "heads": 1, "depth": 8, "rounds": 1}
+    options = {"pixels": (256,), "dtypes": ("float32",), "text": (128,), "heads": 1, "depth": 8, "rounds": 1}
     result = Bench(tune=True, backends=("xla",), **options).run()
     assert result["path"] == str(device)
     (found,) = tiles.read(device)

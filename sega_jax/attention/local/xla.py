@@ -68,7 +68,7 @@ class Plan:
     polynomial: bool
 
 
-CPU = Plan(separate=True, scores=1_024 * 4_096, keys=8_192, fetch=1_536, tallest=1_024, polynomial=True)
+CPU = Plan(separate=True, scores=1_024 * 4_096, keys=8_192, fetch=2_048, tallest=1_024, polynomial=True)
 OTHER = Plan(separate=False, scores=16 * 1024 * 1024, keys=4_096, fetch=1_024, tallest=0, polynomial=False)
 
 
@@ -236,10 +236,13 @@ def _suited(blocks: BlockMap, keys: int, plan: Plan) -> tuple[Rectangles, ...]:
 
 
 def _together(part: Rectangles, plan: Plan) -> int:
-    """Blocks fetched together: as many as make the visits cheapest, a step costing two blocks by itself."""
+    """Blocks fetched together: as many as make the visits cheapest.
+
+    A step costs two blocks by itself, and a last one that is not full, for it has a mask, half as much again.
+    """
     longest = part.columns.shape[1]
     most = max(1, min(longest, plan.fetch // part.block_k))
-    return min(range(most, 0, -1), key=lambda n: -(-longest // n) * (n + 2))
+    return min(range(most, 0, -1), key=lambda n: -(-longest // n) * (n + 2) + (n / 2 if longest % n else 0))
 
 
 def _sparse_visits(part: Rectangles, keys: int, plan: Plan) -> _Visits:
@@ -400,12 +403,14 @@ def _over_planes(plane: Callable, arrays: tuple[jax.Array, ...], length: jax.Arr
         else:
             results = jax.vmap(plane)(*flat, jnp.repeat(length, heads))
         return tuple(r.reshape(batch, heads, *r.shape[1:]).swapaxes(1, 2) for r in results)
-    raw = [_raw(x) for x in arrays]
 
     def one(p):
+        # else 16-bit arrays would be turned to integers, and so copied, as a whole before the loop
+        p, *whole = jax.lax.optimization_barrier((p, *arrays))
         b, h = p // heads, p % heads
         parts = [
-            jax.lax.dynamic_slice(x, (b, 0, h, *(0,) * (x.ndim - 3)), (1, x.shape[1], 1, *x.shape[3:])) for x in raw
+            jax.lax.dynamic_slice(_raw(x), (b, 0, h, *(0,) * (x.ndim - 3)), (1, x.shape[1], 1, *x.shape[3:]))
+            for x in whole
         ]
         # the barrier keeps the bound on the logits from slicing q and k a second time
         parts = jax.lax.optimization_barrier([x.reshape(x.shape[1], *x.shape[3:]) for x in parts])
