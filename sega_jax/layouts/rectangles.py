@@ -60,7 +60,6 @@ def _alike(
     levels = np.unique(lengths)
     if len(levels) > LEVELS:
         levels = np.unique(np.quantile(lengths, np.linspace(0, 1, LEVELS), method="higher"))
-    patterns = np.tile(np.asarray(blocks.patterns), (1, times, 1))
     groups = []
     for low, longest in zip([0, *levels[:-1]], levels, strict=True):
         members = [found[i] for i in np.flatnonzero((lengths > low) & (lengths <= longest))]
@@ -74,9 +73,12 @@ def _alike(
             leading.append(int((~partial).sum()))
         start = np.array([row for row, *_ in members], np.int32) * blocks.block_q
         count = np.array([len(seen) for _, seen, _ in members], np.int32)
+        used = np.unique(kinds[kinds > 0])
+        numbers = np.where(kinds > 0, 1 + np.searchsorted(used, kinds), 0).astype(np.int32)
+        patterns = np.tile(np.asarray(blocks.patterns)[used - 1], (1, times, 1))
         uniform = bool((count == longest).all())
         sides = times * blocks.block_q, blocks.block_k
-        groups.append(Rectangles(*sides, min(leading), uniform, start, count, columns, kinds, patterns))
+        groups.append(Rectangles(*sides, min(leading), uniform, start, count, columns, numbers, patterns))
     return groups
 
 

@@ -51,6 +51,7 @@ def test_every_pair_is_visited_once(seed, queries, keys, alike, tallest, fewest)
         assert not part.pattern[:, : part.whole].any()
         assert (part.columns[:, : part.whole] + 1).max(initial=0) * part.block_k <= keys
         assert part.columns.max() <= (keys - 1) // part.block_k
+        assert part.pattern.max() == len(part.patterns)
 
 
 def test_rows_that_agree_are_joined_whatever_they_share():
