@@ -87,8 +87,7 @@ def rectangles(blocks: BlockMap, keys: int, tallest: int, fewest: int) -> tuple[
 
     Args:
         tallest: most queries per rectangle.
-        fewest: rows that differ share what they have in common only where it is at least so many keys, and as many
-            keys as queries.
+        fewest: rows that differ share what they have in common only where it is at least so many keys.
     """
     count, columns, pattern = (np.asarray(x) for x in (blocks.count, blocks.columns, blocks.pattern))
     left = np.full((len(count), int(columns.max(initial=0)) + 1), -1)  # what is not yet in a rectangle
@@ -100,8 +99,7 @@ def rectangles(blocks: BlockMap, keys: int, tallest: int, fewest: int) -> tuple[
         groups = left[: len(left) // times * times].reshape(-1, times, left.shape[1])
         shared = (groups == groups[:, :1]).all(1) & (groups[:, 0] >= 0)
         all_shared = times * shared.sum(1) == (groups >= 0).sum((1, 2))
-        enough = shared.sum(1) * blocks.block_k >= max(fewest, times * blocks.block_q)
-        taken = shared.any(1) & (all_shared | enough)
+        taken = shared.any(1) & (all_shared | (shared.sum(1) * blocks.block_k >= fewest))
         found = []
         for group in np.flatnonzero(taken):
             seen = np.flatnonzero(shared[group])
