@@ -40,7 +40,7 @@ def test_the_tpu_kernel_equals_masked_dense_attention(mask):
     np.testing.assert_allclose(lse[0, :, 0], expected_lse, atol=1e-5)
 
 
-@pytest.mark.parametrize(("mask", "heights"), [("kernel", {128, 256, 512}), ("paper", {256, 512})])
+@pytest.mark.parametrize(("mask", "heights"), [("kernel", {128, 256, 512, 1024}), ("paper", {256, 512})])
 def test_the_xla_path_equals_masked_dense_attention_in_rectangles(mask, heights):
     text, side = 256, 48
     total = text + side * side + side * side // 16
