@@ -55,7 +55,7 @@ class Plan:
         separate: one (sample, head) at a time instead of all of them in one batched product.
         scores: number of scores in flight.
         keys: longest key chunk of a dense call.
-        fetch: most keys fetched together under a block map.
+        fetch: most keys that 512 queries fetch together under a block map; more queries fetch fewer.
         tallest: most queries that rows of a block map join to.
         polynomial: weights by `_quintic_exponential` and `_cubic_power` instead of XLA's exponential.
     """
@@ -241,7 +241,7 @@ def _together(part: Rectangles, plan: Plan) -> int:
     A step costs two blocks by itself, and a last one that is not full, for it has a mask, half as much again.
     """
     longest = part.columns.shape[1]
-    most = max(1, min(longest, plan.fetch // part.block_k))
+    most = max(1, min(longest, plan.fetch // max(1, part.height // 512) // part.block_k))
     return min(range(most, 0, -1), key=lambda n: -(-longest // n) * (n + 2) + (n / 2 if longest % n else 0))
 
 
