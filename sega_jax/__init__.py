@@ -36,6 +36,16 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'sega_jax' has no attribute {name!r}")
 
 
+def cache_folder() -> Path | None:
+    """``$SEGA_JAX_CACHE``, else ``sega_jax`` in the user's cache folder; None where ``SEGA_JAX_CACHE=off``."""
+    chosen = os.environ.get("SEGA_JAX_CACHE")
+    if chosen == "off":
+        return None
+    if not chosen:
+        chosen = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sega_jax"
+    return Path(chosen).expanduser()
+
+
 def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path | None:
     """Keep compiled programs on disk between runs.
 
@@ -51,12 +61,9 @@ def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path 
 
     if folder is None and jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
-    chosen = folder or os.environ.get("SEGA_JAX_CACHE")
-    if chosen == "off":
+    path = cache_folder() if not folder else Path(folder).expanduser()
+    if path is None:
         return None
-    if chosen is None:
-        chosen = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sega_jax"
-    path = Path(chosen).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return path

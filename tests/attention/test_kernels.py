@@ -19,6 +19,7 @@ from sega_jax.attention.local import (
     Request,
     choose,
     contract,
+    cpu,
     cudnn,
     explain,
     kernels,
@@ -26,6 +27,7 @@ from sega_jax.attention.local import (
     register,
     splash,
     tokamax,
+    toolchain,
     tpu,
     xla,
 )
@@ -159,8 +161,11 @@ def check(out, lse, request: Request, visible) -> None:
 
 SMALL = replace(xla.CPU, scores=32 * 48, keys=48, fetch=24)  # several chunks of queries and keys at these sizes
 SMALL_TOGETHER = replace(xla.OTHER, scores=6 * 32 * 48, keys=48, fetch=16)
+CPU_SHAPES = {"depths": (4, 7, 24, 128), "widths": (5, 8, 40)}
 RUNS = {  # kernels and how many shapes to draw; compiling an interpreted kernel takes seconds, see the slow test
     "reference": (reference.run, 10, {}),
+    "cpu": (cpu.run, 30, CPU_SHAPES),
+    "cpu in several chunks": (cpu.run, 30, {**CPU_SHAPES, "longest": 900, "blocks": ((8, 8), (40, 300), (300, 24))}),
     "xla": (xla.run, 15, {}),
     "xla in small chunks": (lambda request: xla.run(request, SMALL), 30, {}),
     "xla, all heads together": (lambda request: xla.run(request, SMALL_TOGETHER), 15, {}),
@@ -196,6 +201,8 @@ def over(strategy, draws: int, body) -> None:
 def test_forward(name, monkeypatch):
     monkeypatch.setattr(xla, "ALIGN", 8)
     run, draws, shapes = RUNS[name]
+    if name.startswith("cpu") and (why_not := toolchain.attention()[1]) is not None:
+        pytest.skip(f"the kernel cannot be compiled here: {why_not}")
 
     def body(case):
         request, visible = case.request()
@@ -240,10 +247,13 @@ def test_gradients(plan, monkeypatch):
     over(cases(longest=70).filter(lambda case: not case.large), 8, body)
 
 
-@pytest.mark.parametrize("name", ["reference", "xla"])
+@pytest.mark.parametrize("name", ["reference", "xla", "auto"])
 def test_merge_of_splits(name):
     """Attention over any split of the keys, merged, is attention over all of them; so are its gradients."""
-    run = kernels()[name].run
+
+    def run(request):
+        return choose(request, name)[0].run(request)
+
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, n, 2, 8)), jnp.float32) for n in (30, 50, 50))
     visible = np.ones((2, 1, 30, 50), bool)
@@ -465,12 +475,14 @@ def test_cudnn_gives_shapes_and_dtypes_of_the_contract(monkeypatch):
 def test_device_kernels_refuse_elsewhere_and_say_why():
     x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
     report = explain(Request(x, x, x, 1.0)).splitlines()
+    why_not = toolchain.attention()[1]
+    ours = ["cpu: chosen", "xla: would serve"] if why_not is None else [f"cpu: refused, {why_not}", "xla: chosen"]
     expected = [
         "cudnn: refused, it runs on NVIDIA GPUs, the default device is cpu",
         "splash: refused, it runs on TPU, the default device is cpu",
         "hopper: refused, it runs on Hopper GPUs, the default device is cpu",
         "tpu: refused, it runs on TPU, the default device is cpu",
-        "xla: chosen",
+        *ours,
         "reference: would serve",
         "tokamax: refused, it runs on GPU and TPU, the default device is cpu"
         if tokamax._installed()
@@ -515,14 +527,15 @@ def test_choice_is_explained(monkeypatch):
     register(fussy, first=True)
     x = jnp.zeros((1, 3, 2, 4))
     chosen, passed = choose(Request(x, x, x, 1.0))
-    assert chosen.name == "xla"
+    ours = "cpu" if toolchain.attention()[1] is None else "xla"
+    assert chosen.name == ours
     assert passed["fussy"] == "it wants one head"
     assert choose(Request(x[:, :, :1], x[:, :, :1], x[:, :, :1], 1.0))[0] is fussy
     with pytest.raises(ValueError, match="attention backend 'fast' is unknown; known: auto, fussy"):
         choose(Request(x, x, x, 1.0), "fast")
     report = explain(Request(x, x, x, 1.0))
     assert "fussy: refused, it wants one head" in report
-    assert "xla: chosen" in report
+    assert f"{ours}: chosen" in report
 
 
 def test_from_mask_round_trip():

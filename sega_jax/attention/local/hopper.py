@@ -452,13 +452,10 @@ def run(request: Request, interpret=None, programs: int | None = None) -> tuple[
     if refusal is not None:
         raise ValueError(f"attention kernel for Hopper: {refusal.reason}")
     blocks, programs = request.block_map, programs or _programs()
-    # planned here: inside a differentiable function even a constant map is traced
-    known = _tables(request, programs) if request.kv_length is None else None
     per_row = 1 if blocks is None else blocks.block_q // TILE_Q
 
     def forward(r: Request):
-        tables = _tables(r, programs) if known is None else known
-        return _forward(r.q, r.k, r.v, tables, _tile_k(blocks), per_row, r.scale, interpret)
+        return _forward(r.q, r.k, r.v, _tables(r, programs), _tile_k(blocks), per_row, r.scale, interpret)
 
     return xla.with_backward(forward)(request)
 

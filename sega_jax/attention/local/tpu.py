@@ -233,7 +233,7 @@ def _heads_together(heads: int, scores: int) -> int:
     return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * scores <= SCORES))
 
 
-def _forward(q, k, v, lengths, blocks: BlockMap | None, visits, scale: float, interpret, tile: Tile):
+def _forward(q, k, v, lengths, blocks: BlockMap | None, scale: float, interpret, tile: Tile):
     batch, queries, heads, depth = q.shape
     keys, width = k.shape[1], v.shape[-1]
     block_q, block_k = tile if blocks is None else (blocks.block_q, blocks.block_k)
@@ -263,7 +263,7 @@ def _forward(q, k, v, lengths, blocks: BlockMap | None, visits, scale: float, in
             j = pl.program_id(3)
             return j, 0, j == 0, j == columns - 1
     else:
-        words, total = visits or _visit_list(blocks)
+        words, total = _visit_list(blocks)
         grid = (batch, heads // together, total)
 
         def row_of(b, h, t, words, lengths, bounded):
@@ -356,12 +356,9 @@ def run(request: Request, interpret=False, tile: Tile | None = None) -> tuple[ja
     refusal = _shape_refusal(request)
     if refusal is not None:
         raise ValueError(f"attention kernel for TPU: {refusal.reason}")
-    # listed here: inside a differentiable function even a constant map is traced, and its list as long as all slots
-    blocks = request.block_map
-    visits = None if blocks is None or isinstance(blocks.count, jax.core.Tracer) else _visit_list(blocks)
 
     def forward(r: Request):
-        return _forward(r.q, r.k, r.v, r.kv_length, r.block_map, visits, r.scale, interpret, tile)
+        return _forward(r.q, r.k, r.v, r.kv_length, r.block_map, r.scale, interpret, tile)
 
     return xla.with_backward(forward)(request)
 

@@ -489,21 +489,27 @@ def with_backward(forward: Callable) -> Callable:
     """
 
     def run(request: Request):
+        blocks = request.block_map
+        # as an argument even a constant map would be traced inside, and only a constant one is cut into rectangles
+        known = None if blocks is None or isinstance(blocks.count, jax.core.Tracer) else blocks
+
+        def asked(q, k, v, lengths, blocks) -> Request:
+            return Request(q, k, v, request.scale, lengths, blocks if known is None else known)
+
         @jax.custom_vjp
-        def attention(q, k, v, lengths, blocks):
-            return forward(Request(q, k, v, request.scale, lengths, blocks))
+        def attention(*arguments):
+            return forward(asked(*arguments))
 
         def attention_forward(*arguments):
             results = attention(*arguments)
             return results, (arguments, results)
 
         def attention_backward(residuals, cotangents):
-            (q, k, v, lengths, blocks), results = residuals
-            asked = Request(q, k, v, request.scale, lengths, blocks)
-            return *backward(asked, *results, *cotangents), None, None
+            arguments, results = residuals
+            return *backward(asked(*arguments), *results, *cotangents), None, None
 
         attention.defvjp(attention_forward, attention_backward)
-        return attention(request.q, request.k, request.v, request.kv_length, request.block_map)
+        return attention(request.q, request.k, request.v, request.kv_length, blocks if known is None else None)
 
     return run
 
