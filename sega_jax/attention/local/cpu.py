@@ -54,8 +54,9 @@ def forward(target: str, tiles: bool) -> Callable[[Request], tuple[jax.Array, ja
         if blocks is not None:
             sides, patterns = (blocks.block_q, blocks.block_k), blocks.patterns
             visits = [jnp.asarray(x, jnp.int32) for x in (blocks.count, blocks.columns, blocks.pattern)]
-        shapes = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
-        call = jax.ffi.ffi_call(target, shapes, vmap_method="sequential")
+        out = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype)
+        lse = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
+        call = jax.ffi.ffi_call(target, (out, lse), vmap_method="sequential")
         options = {"scale": np.float32(request.scale), "tiles": np.bool_(tiles)}
         options |= {name: np.int64(side) for name, side in zip(("block_q", "block_k"), sides, strict=True)}
         return call(q, k, v, length, *visits, jnp.asarray(patterns, bool), **options)

@@ -26,6 +26,7 @@ namespace sega {
 constexpr int64_t kKeys = 256;          // most keys packed at once
 constexpr int64_t kStrip = 32;          // queries whose scores are in flight
 constexpr int64_t kFewestQueries = 64;  // tasks are not cut into fewer
+constexpr double kAlone = 1e6;          // fewer multiplications take less time than waking other threads
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 static int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -340,7 +341,9 @@ static ffi::Error attend(const Problem& problem, ffi::ThreadPool pool) {
   if (problem.block_q && problem.block_q < size) size = size / problem.block_q * problem.block_q;
   auto tasks = std::make_shared<Tasks>();
   tasks->count = count(size);
-  for (int64_t helper = 1; helper < std::min(threads, tasks->count); ++helper)
+  const double products = double(planes) * problem.queries * problem.keys * (problem.depth + problem.width);
+  const int64_t workers = products < kAlone ? 1 : std::min(threads, tasks->count);
+  for (int64_t helper = 1; helper < workers; ++helper)
     pool.Schedule([tasks, problem, size] { work<Element, Product>(problem, size, *tasks); });
   work<Element, Product>(problem, size, *tasks);
   std::unique_lock<std::mutex> lock(tasks->mutex);

@@ -1,22 +1,22 @@
-// Vectors of the widest register, in the compiler's own vector types: one source for SSE2, AVX2 and AVX-512.
+// Vectors of the widest register, in the compiler's own vector types: one source for AVX2 and AVX-512.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__) || defined(__AMX_BF16__)
 #include <immintrin.h>
-#endif
 
 namespace sega {
 
+#if !defined(__FMA__)
+#error this processor has no fused multiply-add, without which plain XLA is faster
+#endif
+
 #if defined(__AVX512F__) || defined(SEGA_SOFTWARE_TILES)
 constexpr int kLanes = 16;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
 #else
-constexpr int kLanes = 4;
+constexpr int kLanes = 8;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
