@@ -153,7 +153,7 @@ struct Tiles {
         uint8_t rows[16] = {};
       } shape;
       for (int tile = 0; tile < 8; ++tile) shape.row_bytes[tile] = 4 * kTile, shape.rows[tile] = kTile;
-      asm volatile("" ::: "memory");  // compilers do not know that it is read
+      asm volatile("" ::"r"(&shape) : "memory");  // not every compiler knows that all of it is read
       _tile_loadconfig(&shape);
     }
     ~Session() { _tile_release(); }
