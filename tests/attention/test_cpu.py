@@ -4,6 +4,9 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -194,11 +197,9 @@ def test_memory_beside_the_result(dtype):
 
 
 @pytest.fixture
-def undecided():
-    """The kernel's compiler is looked for anew, before and after."""
-    toolchain.attention.cache_clear()
-    yield
-    toolchain.attention.cache_clear()
+def undecided(monkeypatch):
+    """The kernel is looked for anew."""
+    monkeypatch.setattr(toolchain, "_found", [])
 
 
 def reason() -> str:
@@ -255,6 +256,21 @@ def test_it_is_compiled_once(monkeypatch, tmp_path):
     toolchain.library()
     with pytest.raises(TypeError):
         toolchain.library("-O1")  # other flags, another library
+
+
+def test_threads_that_need_it_at_once_compile_it_once(monkeypatch, undecided):
+    calls, made = [], toolchain.library()
+
+    def slow():
+        calls.append(threading.get_ident())
+        time.sleep(0.2)
+        return made
+
+    monkeypatch.setattr(toolchain, "library", slow)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: toolchain.attention(), range(4)))
+    assert results == [(made, None)] * 4
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("cache", ["off", "file"])

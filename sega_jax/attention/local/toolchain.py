@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from functools import lru_cache
+import threading
 from pathlib import Path
 
 import jax
@@ -123,10 +123,16 @@ def library(*extra: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(made))
 
 
-@lru_cache(maxsize=1)
+_found: list[tuple[ctypes.CDLL | None, str | None]] = []
+_looking = threading.Lock()
+
+
 def attention() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or None and the reason."""
-    try:
-        return library(), None
-    except ToolchainError as error:
-        return None, str(error)
+    """The library, or None and the reason; found out once, by one thread."""
+    with _looking:
+        if not _found:
+            try:
+                _found.append((library(), None))
+            except ToolchainError as error:
+                _found.append((None, str(error)))
+        return _found[0]
