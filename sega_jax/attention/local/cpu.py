@@ -9,7 +9,6 @@ at first use (`toolchain`); where there is no compiler it refuses and the path i
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,7 @@ def register(library, target: str) -> bool:
     return bool(library.sega_has_tiles())
 
 
-@lru_cache(maxsize=1)
+@toolchain.once
 def _registered() -> bool:
     return register(toolchain.attention()[0], TARGET)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -68,9 +70,9 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _asked(command: list[str], what: str, **options) -> str:
+def _asked(command: list[str], what: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ToolchainError(f"{what}: {error}") from error
     if done.returncode:
@@ -123,16 +125,26 @@ def library(*extra: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(made))
 
 
-_found: list[tuple[ctypes.CDLL | None, str | None]] = []
-_looking = threading.Lock()
+def once(function: Callable) -> Callable:
+    """``function()``, worked out a single time however many threads ask."""
+    lock, results = threading.Lock(), []
+
+    @functools.wraps(function)
+    def known():
+        with lock:
+            if not results:
+                results.append(function())
+            return results[0]
+
+    return known
 
 
-def attention() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or None and the reason; found out once, by one thread."""
-    with _looking:
-        if not _found:
-            try:
-                _found.append((library(), None))
-            except ToolchainError as error:
-                _found.append((None, str(error)))
-        return _found[0]
+def look() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or None and the reason."""
+    try:
+        return library(), None
+    except ToolchainError as error:
+        return None, str(error)
+
+
+attention = once(look)

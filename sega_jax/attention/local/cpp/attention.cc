@@ -405,7 +405,7 @@ static ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, 
 }  // namespace sega
 
 // Whether `tiles` may be asked for: they are here, may be used, and multiply as they should.
-extern "C" bool sega_has_tiles() {
+extern "C" int sega_has_tiles() {
 #if defined(SEGA_TILES)
   using sega::Tiles, sega::kPanel;
   if (!Tiles::usable()) return false;
