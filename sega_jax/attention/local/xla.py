@@ -1,8 +1,8 @@
-"""Chunked online-softmax attention in plain XLA: the path for CPU and for anything without a kernel of its own.
+"""Chunked online-softmax attention in plain XLA: where no kernel serves, a CPU without a compiler among them.
 
 Chunks of queries meet chunks of keys, so extra memory does not grow with the sequence except for what is returned.
-The backward pass recomputes the weights from the log-sum-exp, chunk by chunk, and keeps no [N, N] residual; it is
-a reverse-mode rule (`jax.grad`, `jax.vjp`), forward mode is not defined.
+The backward pass, which is that of every kernel here, recomputes the weights from the log-sum-exp, chunk by chunk, and
+keeps no [N, N] residual; it is a reverse-mode rule (`jax.grad`, `jax.vjp`), forward mode is not defined.
 
 What makes it fast on a CPU, each measured against PyTorch's kernel on the same cores:
 
