@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sega_jax import positional as pe
+from sega_jax.attention import local
 from sega_jax.attention.bench import table
 from sega_jax.cli import main
 from sega_jax.hub import resolve
@@ -37,6 +38,17 @@ def test_readme_shows_the_committed_measurements():
     reports = [json.loads(path.read_text()) for path in sorted(ROOT.glob("benchmarks/attention-*.json"))]
     assert reports
     assert table(reports) in README
+
+
+def test_the_page_on_attention_lists_every_kernel_and_its_code_runs(capsys):
+    page = (ROOT / "docs" / "attention.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    built_in = [module.KERNEL.name for module in local.ORDER]
+    assert listed == built_in
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "attention.md", "exec"), {})
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in told][: len(listed)] == listed
 
 
 def test_readme_has_exactly_two_set_up_commands():

@@ -5,8 +5,8 @@ from sega_jax.attention.local.contract import Kernel, Refusal, Request, choose, 
 
 # the order in which `auto` asks: dense calls go to the vendors' kernels, block maps to ours;
 # what comes after the reference is a choice by name only
-_ORDER = (cudnn, splash, hopper, tpu, cpu, xla, reference, tokamax)
-for module in _ORDER:
+ORDER = (cudnn, splash, hopper, tpu, cpu, xla, reference, tokamax)
+for module in ORDER:
     register(module.KERNEL)
 
 __all__ = ["Kernel", "Refusal", "Request", "choose", "explain", "kernels", "register"]
