@@ -171,13 +171,23 @@ def test_vmap():
     check(out[:, 0], lse[:, 0], Request(q[:, 0], k[:, 0], v[:, 0], 0.4), visible)
 
 
-def test_a_map_beyond_the_keys_is_refused_not_read():
+@pytest.mark.parametrize(
+    ("count", "columns", "kinds", "words"),
+    [
+        ([1, 1], [[0], [2]], [[0], [0]], "visits a key block that is not there"),
+        ([1, 1], [[0], [-1]], [[0], [0]], "visits a key block that is not there"),
+        ([2, 2], [[0], [1]], [[0], [0]], "counts more visits than it lists"),
+        ([1, 1], [[0], [1]], [[0], [2]], "names a pattern that is not there"),
+        ([1, 1], [[0], [1]], [[-1], [0]], "names a pattern that is not there"),
+        ([1], [[0]], [[0]], "too few rows"),
+    ],
+)
+def test_a_map_that_points_outside_is_refused_not_read(count, columns, kinds, words):
     x = jnp.ones((1, 16, 1, 8))
-    count, kinds = np.ones(2, np.int32), np.zeros((2, 1), np.int32)
-    for columns, visited in (([[0], [2]], count), ([[0], [-1]], count), ([[0], [1]], count + 1)):
-        blocks = BlockMap(8, 8, visited, np.array(columns, np.int32), kinds, np.zeros((0, 8, 8), bool))
-        with pytest.raises(jax.errors.JaxRuntimeError, match="block map"):
-            jax.block_until_ready(compiled(cpu.run, Request(x, x, x, 1.0, None, blocks)))
+    arrays = (np.array(a, np.int32) for a in (count, columns, kinds))
+    blocks = BlockMap(8, 8, *arrays, np.ones((1, 8, 8), bool))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=words):
+        jax.block_until_ready(compiled(cpu.run, Request(x, x, x, 1.0, None, blocks)))
 
 
 _MEMORY = """

@@ -352,14 +352,19 @@ static ffi::Error attend(const Problem& problem, ffi::ThreadPool pool) {
   return ffi::Error::Success();
 }
 
-static ffi::Error checked(const Problem& p) {
+// A map may be traced, so what it holds is known only now.
+static ffi::Error checked(const Problem& p, int64_t listed_rows, int64_t patterns) {
   const int64_t rows = p.block_q ? (p.queries + p.block_q - 1) / p.block_q : 0;
+  if (rows > listed_rows) return ffi::Error::InvalidArgument("attention: a block map has too few rows for the queries");
   for (int64_t row = 0; row < rows; ++row) {
     if (p.visit_count[row] < 0 || p.visit_count[row] > p.columns)
       return ffi::Error::InvalidArgument("attention: a block map's row counts more visits than it lists");
     for (int64_t i = row * p.columns; i < row * p.columns + p.visit_count[row]; ++i)
       if (p.visit_columns[i] < 0 || p.visit_columns[i] * p.block_k >= p.keys)
         return ffi::Error::InvalidArgument("attention: a block map visits a key block that is not there");
+    for (int64_t i = row * p.columns; i < row * p.columns + p.visit_count[row]; ++i)
+      if (p.visit_patterns[i] < 0 || p.visit_patterns[i] > patterns)
+        return ffi::Error::InvalidArgument("attention: a block map names a pattern that is not there");
   }
   return ffi::Error::Success();
 }
@@ -390,7 +395,8 @@ static ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, 
                         scale,
                         out->untyped_data(),
                         lse->typed_data()};
-  if (ffi::Error error = checked(problem); error.failure()) return error;
+  const ffi::Error refused = checked(problem, columns.dimensions()[0], patterns.dimensions()[0]);
+  if (refused.failure()) return refused;
   if (q.element_type() == ffi::F32) return attend<float, Lanewise<FloatUnits>>(problem, pool);
 #if defined(SEGA_TILES)
   if (tiles) return attend<Bfloat16, Tiles>(problem, pool);
