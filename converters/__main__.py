@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace) -> None:
             if not options.quiet:
                 print(summary(report))
         case "lora":
-            from converters.lora_dialects import convert_lora
+            from converters.lora import convert_lora
 
             done = convert_lora(
                 options.source,

@@ -11,15 +11,15 @@ from typing import Any
 
 from converters.cover import check_cover
 from converters.errors import CheckpointError, CoverageError
-from converters.families import BY_NAME, FAMILIES, Family, Shapes
-from converters.formats import PICKLE_SUFFIXES, choose_weights, read_json, read_pipeline
-from converters.gguf import GgufSource, is_gguf
 from converters.keymap import Slot, Tensor, canonical
 from converters.keymaps import vae
-from converters.pickles import TorchSource
-from converters.quantised import dequantise
+from converters.kinds import BY_NAME, FAMILIES, Family, Shapes
+from converters.reading.formats import PICKLE_SUFFIXES, choose_weights, read_json, read_pipeline
+from converters.reading.gguf import GgufSource, is_gguf
+from converters.reading.pickles import TorchSource
+from converters.reading.quantised import dequantise
+from converters.reading.sources import NamedSource, OrbaxSource, Source, is_orbax, open_safetensors
 from converters.report import REPORT_FILE
-from converters.sources import NamedSource, OrbaxSource, Source, is_orbax, open_safetensors
 
 CONFIG_KEY = "config"  # under which single files that we write keep the component's configuration
 

@@ -16,18 +16,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters import verify as verification
 from converters.components import CONFIG_KEY, Checkpoint, Part, open_checkpoint
-from converters.digest import file_hashes
 from converters.errors import CheckpointError
 from converters.files import flush, staged
-from converters.formats import inside, read_json, read_pipeline
 from converters.keymap import OPERATIONS, Tensor
-from converters.lora import merge, parse_lora
-from converters.lora_dialects import read_lora
-from converters.quantised import DEQUANTISED_KEY, FORMATS, Format, quantised
+from converters.lora.dialects import read_lora
+from converters.lora.factors import merge, parse_lora
+from converters.reading.formats import inside, read_json, read_pipeline
+from converters.reading.quantised import DEQUANTISED_KEY, FORMATS, Format, quantised
+from converters.reading.sources import is_float
 from converters.report import REPORT_FILE, report_path, tool_version
-from converters.sources import is_float
 from converters.stream import (
     Output,
     Progress,
@@ -37,6 +35,8 @@ from converters.stream import (
     write_sharded,
     write_text,
 )
+from converters.verify import values as verification
+from converters.verify.digest import file_hashes
 
 TARGETS = ("orbax", "diffusers", "bfl")
 DTYPES: dict[str, np.dtype] = {
@@ -308,7 +308,7 @@ def convert(
         summed = DTYPES["f32"] if form is not None else DTYPES[dtype] if dtype else None
         checkpoint = merge(opened, merged, summed) if merged else opened
         if verify == "forward":
-            import converters.forward  # noqa: F401  before any work, so that a missing torch is said at once
+            import converters.verify.forward  # noqa: F401  before any work, so that a missing torch is said at once
         kind = DTYPES[dtype] if dtype and form is None else None
         if (
             kind is None
@@ -383,7 +383,7 @@ def _verify(
             hashes += [(f"{name}/{slot}", value) for slot, value in findings.hashes.items()]
         report["source"]["fingerprint"] = verification.combine(hashes)
         if level == "forward":
-            from converters import forward
+            from converters.verify import forward
 
             for name, part in checkpoint.parts.items():
                 report["components"][name]["forward"] = forward.compare(part, output.parts[name])

@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from converters.errors import CheckpointError
-from converters.formats import METADATA_KEY, Kind, SafetensorsSource, choose_weights, detect, open_tensors
+from converters.reading.formats import METADATA_KEY, Kind, SafetensorsSource, choose_weights, detect, open_tensors
+from converters.reading.sources import OrbaxSource, is_orbax
 from converters.report import stored_report, summary
-from converters.sources import OrbaxSource, is_orbax
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Report:
 
     Attributes:
         path: what was inspected.
-        kind: `converters.formats.Kind` by its value, or "image".
+        kind: `converters.reading.formats.Kind` by its value, or "image".
         description: one line.
         parts: components, or the single file.
         metadata: name of each text record in the file -> what it is ("JSON, 14 fields").

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import CheckpointError
-from converters.formats import read_json
+from converters.reading.formats import read_json
 
 REPORT_FILE = "conversion.json"
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from converters.families import BY_NAME
 from converters.files import flush
+from converters.kinds import BY_NAME
 from converters.report import stored_report
 from converters.stream import Output, Progress, write_sharded
 from sega_jax.provenance import provenance

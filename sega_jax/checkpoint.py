@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from converters.components import Part
 from converters.cover import check_cover
 from converters.keymap import Dims, Row, Slot, Tensor, expand
-from converters.sources import bits
+from converters.reading.sources import bits
 from converters.stream import TILE, default_workers
 from sega_jax.models.abstract import build_abstract, parameters
 from sega_jax.models.quantized import quantize, scales
@@ -90,7 +90,7 @@ def fill(
         dtype: dtype of the loaded parameters, but for int8 kernels and their scales.
         shardings: where a parameter goes, from its path and its abstract value (which has its logical axes); a
             process then only holds on its devices what they need.  None, or a None from it: the default device.
-        changes: made to slices as they are read, before the cast (`converters.lora.changes`).
+        changes: made to slices as they are read, before the cast (`converters.lora.factors.changes`).
 
     Raises:
         CoverageError: if the checkpoint does not cover the model exactly.

@@ -20,9 +20,9 @@ from jax.typing import DTypeLike
 
 from converters.components import Part, open_component
 from converters.errors import CheckpointError
-from converters.formats import read_json
 from converters.keymap import Slot
-from converters.lora import changes
+from converters.lora.factors import changes
+from converters.reading.formats import read_json
 from sega_jax import checkpoint
 from sega_jax.checkpoint import Change, Shardings
 from sega_jax.geometry import RopeSpec

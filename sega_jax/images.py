@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from PIL import Image as pillow
 from PIL import ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from converters.formats import METADATA_KEY
+from converters.reading.formats import METADATA_KEY
 from sega_jax.files import atomic_path
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

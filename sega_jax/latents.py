@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from safetensors.numpy import save
 
 from converters.errors import CheckpointError
-from converters.formats import METADATA_KEY, open_tensors
+from converters.reading.formats import METADATA_KEY, open_tensors
 from sega_jax.files import atomic_path
 from sega_jax.images import decode_metadata, encode_metadata
 

@@ -8,7 +8,7 @@ from flax import nnx
 from converters.cover import check_cover
 from converters.errors import CheckpointError, CoverageError
 from converters.keymap import Row, expand
-from converters.sources import ArraySource, renamed
+from converters.reading.sources import ArraySource, renamed
 from sega_jax.checkpoint import assign, load
 from sega_jax.models.abstract import axes, parameters
 from sega_jax.models.layers import Linear, parameter, stack, zeros

@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save, save_file
 
 from converters.errors import CheckpointError
-from converters.formats import open_tensors
+from converters.reading.formats import open_tensors
 from sega_jax import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -30,7 +30,7 @@ def test_no_torch_in_the_core():
         "import sys, importlib, pkgutil, sega_jax, converters\n"
         "for package in (sega_jax, converters):\n"
         "    for m in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
-        "        if not m.name.endswith(('__main__', 'converters.forward', 'converters.reference')):\n"
+        "        if not m.name.endswith(('__main__', 'converters.verify.forward', 'converters.verify.reference')):\n"
         "            importlib.import_module(m.name)\n"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'tensorflow') if sys.modules.get(m)])"
     )

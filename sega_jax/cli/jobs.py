@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from converters.errors import CheckpointError
-from converters.formats import open_tensors
+from converters.reading.formats import open_tensors
 from sega_jax import planning
 from sega_jax import positional as pe
 from sega_jax.cli import outputs

@@ -22,10 +22,10 @@ from flax import nnx
 from safetensors.numpy import save as save_safetensors
 
 from converters.errors import CheckpointError
-from converters.formats import open_tensors
 from converters.keymap import Slot
-from converters.lora import Factors, Lora
-from converters.lora_dialects import express
+from converters.lora.dialects import express
+from converters.lora.factors import Factors, Lora
+from converters.reading.formats import open_tensors
 from sega_jax.files import atomic_path
 from sega_jax.models.abstract import axes, parameters
 from sega_jax.models.layers import Linear
@@ -148,7 +148,7 @@ def from_factors(
 
     Args:
         transformer: real or abstract; only shapes are read.
-        factors: the transformer's part of a `converters.lora.Lora`.
+        factors: the transformer's part of a `converters.lora.factors.Lora`.
         weight: multiplies the change.
         name: for messages.
 

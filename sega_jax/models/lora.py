@@ -1,6 +1,6 @@
 """LoRA files as a pipeline is asked for them: found, weighted, and known by their content.
 
-The dialects in use, their alphas and fused projections are the business of `converters.lora_dialects`.
+The dialects in use, their alphas and fused projections are the business of `converters.lora.dialects`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.lora import Lora, parse_lora
-from converters.lora_dialects import read_lora
+from converters.lora.dialects import read_lora
+from converters.lora.factors import Lora, parse_lora
 
 PathLike = str | os.PathLike[str]
 
@@ -41,7 +41,7 @@ class LoraSpec:
         """The LoRA.
 
         Raises:
-            CheckpointError: as `converters.lora_dialects.read_lora`.
+            CheckpointError: as `converters.lora.dialects.read_lora`.
         """
         return read_lora(Path(self.file).expanduser())
 

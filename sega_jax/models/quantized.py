@@ -1,9 +1,9 @@
 """int8 weights: the matrices of the transformer's blocks in eight bits, with one float32 scale per output channel.
 
 They are the share of the weights that counts (99 % of FLUX.1's); norms, biases, embedders and the last layer are small
-and sensitive and stay as they are, as in the eight-bit files that `converters.quantised` writes.  Activations and
-products stay in the dtype of the run: ``y = (x @ q) * scale + bias``.  Whole numbers up to 128 are exact in bfloat16,
-so that rounding to ``q`` is all that is lost.
+and sensitive and stay as they are, as in the eight-bit files that `converters.reading.quantised` writes.  Activations
+and products stay in the dtype of the run: ``y = (x @ q) * scale + bias``.  Whole numbers up to 128 are exact in
+bfloat16, so that rounding to ``q`` is all that is lost.
 
 Quantising is qwix's (`qwix.quantize`), one matrix at a time, on the host, as a checkpoint is read.  Its providers,
 which quantise a whole model by intercepting its products (`qwix.quantize_model`), do not get along with these modules:

@@ -230,7 +230,7 @@ def batches(folder: Path, batch: int, *, caption_drop: float, ratio: int = 4, se
 
 
 def _shape(path: Path, ratio: int) -> tuple[int, ...]:
-    from converters.formats import open_tensors
+    from converters.reading.formats import open_tensors
 
     with open_tensors(path) as source:
         names = set(source.keys())

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from converters.families import BY_NAME
+from converters.kinds import BY_NAME
 
 CONFIGS = {
     "transformer": {

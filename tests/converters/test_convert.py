@@ -16,12 +16,12 @@ from converters.__main__ import main
 from converters.components import open_checkpoint
 from converters.convert import convert, parse_size
 from converters.errors import CheckpointError, CoverageError
-from converters.formats import open_tensors
 from converters.inspect import inspect
 from converters.keymap import expand
 from converters.keymaps import flux
+from converters.reading.formats import open_tensors
 from converters.report import summary
-from converters.verify import fingerprint
+from converters.verify.values import fingerprint
 
 REPOSITORY = Path(__file__).parents[2]
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")

@@ -9,8 +9,8 @@ from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
 from converters.errors import CheckpointError
-from converters.formats import SafetensorsSource
 from converters.inspect import inspect
+from converters.reading.formats import SafetensorsSource
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from converters.components import open_component
 from converters.convert import convert
 from converters.errors import CheckpointError
 from converters.keymap import Slot
-from converters.lora import Factors, Lora
-from converters.lora_dialects import DIALECTS, convert_lora, express
+from converters.lora.dialects import DIALECTS, convert_lora, express
+from converters.lora.factors import Factors, Lora
 from sega_jax.families import load_parts
 from sega_jax.hub import resolve
 from sega_jax.models.abstract import parameters

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from converters.convert import convert
 from converters.keymap import Slot
-from converters.lora import Factors, Lora
-from converters.lora_dialects import express
+from converters.lora.dialects import express
+from converters.lora.factors import Factors, Lora
 from sega_jax import positional as pe
 from sega_jax.families import load_parts
 from sega_jax.hub import resolve

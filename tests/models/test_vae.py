@@ -12,7 +12,7 @@ from converters.cover import check_cover
 from converters.errors import CheckpointError
 from converters.keymap import expand
 from converters.keymaps import vae as keymap
-from converters.sources import ArraySource
+from converters.reading.sources import ArraySource
 from sega_jax.checkpoint import load
 from sega_jax.models.abstract import axes, build_abstract, count, parameters
 from sega_jax.models.vae import (

@@ -17,10 +17,10 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file, save_file
 
 from converters.convert import convert
-from converters.families import BY_NAME
 from converters.keymap import expand
 from converters.keymaps import flux
-from converters.verify import fingerprint
+from converters.kinds import BY_NAME
+from converters.verify.values import fingerprint
 
 DEV = {
     "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,

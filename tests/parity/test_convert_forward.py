@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from converters.__main__ import main
 from converters.convert import convert
 from converters.errors import CheckpointError
-from converters.families import BY_NAME
 from converters.keymaps import clip, flux, t5, vae
+from converters.kinds import BY_NAME
 
 CONFIGS = {
     "transformer": {

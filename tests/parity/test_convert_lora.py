@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from converters.keymap import Slot, expand
 from converters.keymaps import flux
-from converters.lora import Factors, Lora
-from converters.lora_dialects import express, read_lora
+from converters.lora.dialects import express, read_lora
+from converters.lora.factors import Factors, Lora
 
 WIDTH = 3072
 CONFIG = {

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from converters.convert import convert
 from converters.errors import CheckpointError
-from converters.families import BY_NAME
+from converters.kinds import BY_NAME
 
 CONFIG = {"vocab_size": 30, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 2}
 

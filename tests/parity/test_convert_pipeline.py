@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 from converters.components import open_component
 from converters.convert import convert
-from converters.lora import Factors, Lora
-from converters.lora_dialects import express
+from converters.lora.dialects import express
+from converters.lora.factors import Factors, Lora
 from sega_jax.families import load_parts
 from sega_jax.hub import resolve
 from sega_jax.models.abstract import parameters

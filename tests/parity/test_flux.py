@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from converters.keymap import expand
 from converters.keymaps import flux as keymap
-from converters.sources import ArraySource
+from converters.reading.sources import ArraySource
 from sega_jax import checkpoint
 from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.streams import bind

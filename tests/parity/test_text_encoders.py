@@ -8,7 +8,7 @@ from converters.cover import check_cover
 from converters.keymap import canonical, expand
 from converters.keymaps import clip as clip_map
 from converters.keymaps import t5 as t5_map
-from converters.sources import ArraySource, NamedSource, renamed
+from converters.reading.sources import ArraySource, NamedSource, renamed
 from sega_jax.checkpoint import load
 from sega_jax.models.abstract import build_abstract, parameters
 from sega_jax.models.clip import ClipConfig, ClipTextEncoder

@@ -17,7 +17,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from converters.cover import check_cover
 from converters.keymap import expand
 from converters.keymaps import vae as keymap
-from converters.sources import ArraySource
+from converters.reading.sources import ArraySource
 from sega_jax.checkpoint import load
 from sega_jax.models.abstract import build_abstract, parameters
 from sega_jax.models.vae import Vae, VaeConfig

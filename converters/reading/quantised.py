@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.errors import CheckpointError
-from converters.sources import ComputedSource, Source, is_float
+from converters.reading.sources import ComputedSource, Source, is_float
 from converters.stream import BLOCK, Output, contiguous
 
 DEQUANTISED_KEY = "dequantised"  # in a source's metadata: what its weights were stored as

@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from converters.digest import _LANE, Digest, file_hashes
 from converters.stream import Progress
+from converters.verify.digest import _LANE, Digest, file_hashes
 
 
 def digest(data, *cuts, text="t"):

@@ -1,8 +1,8 @@
 """``--verify=forward``: the same inputs through every block of the source and of the output.
 
 A key map that is merely invertible passes any round trip; a wrong one changes what a block computes.  Each side is
-run by what defines its layout: modules of diffusers and transformers for their folders, `converters.reference` for
-BFL's names and for Orbax.  One block is in memory at a time, in float32.
+run by what defines its layout: modules of diffusers and transformers for their folders,
+`converters.verify.reference` for BFL's names and for Orbax.  One block is in memory at a time, in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from converters.components import Part
 from converters.errors import CheckpointError
-from converters.sources import is_float
+from converters.reading.sources import is_float
 
 try:
     import diffusers
@@ -27,7 +27,7 @@ except ImportError as exc:
         "or use --verify, which needs nothing"
     ) from exc
 
-from converters import reference
+from converters.verify import reference
 
 BOUND = 1e-4  # largest difference over largest value of a block's output: float32 in another order
 _IMAGE, _TEXT = 6, 4  # tokens

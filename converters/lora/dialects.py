@@ -1,4 +1,4 @@
-"""The names LoRAs go by, read into and written from `converters.lora.Lora`.
+"""The names LoRAs go by, read into and written from `converters.lora.factors.Lora`.
 
 * ``diffusers``: ``transformer.<module>.lora_A.weight``, the modules of diffusers; ``text_encoder.`` likewise;
   ``.alpha`` where the scale is not 1.  PEFT's own ``base_model.model.`` and older suffixes are read too.
@@ -24,11 +24,11 @@ import numpy as np
 
 from converters.errors import CheckpointError
 from converters.files import explained, flush, staged
-from converters.formats import read_json
 from converters.keymap import Row, Slot, evaluate
 from converters.keymaps import clip, flux, t5
-from converters.lora import Factors, Lora, combine, fold, inverse_rows, slot_rows
-from converters.sources import MappedSource, OrbaxSource, Source, is_orbax
+from converters.lora.factors import Factors, Lora, combine, fold, inverse_rows, slot_rows
+from converters.reading.formats import read_json
+from converters.reading.sources import MappedSource, OrbaxSource, Source, is_orbax
 from converters.stream import Output, Progress, write_orbax, write_safetensors
 
 DIALECTS = ("diffusers", "kohya", "bfl", "ai-toolkit", "xlabs", "orbax")

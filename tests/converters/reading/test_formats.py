@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from converters.errors import CheckpointError
-from converters.formats import (
+from converters.reading.formats import (
     Kind,
     SafetensorsSource,
     Weights,

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.errors import CheckpointError
-from converters.quantised import DEQUANTISED_KEY
+from converters.reading.quantised import DEQUANTISED_KEY
 
 MAGIC = b"GGUF"
 

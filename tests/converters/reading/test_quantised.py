@@ -10,9 +10,9 @@ from converters.__main__ import main
 from converters.components import open_checkpoint
 from converters.convert import convert
 from converters.errors import CheckpointError
-from converters.sources import MappedSource
+from converters.reading.sources import MappedSource
 from converters.stream import Output, Progress, write_safetensors
-from converters.verify import fingerprint
+from converters.verify.values import fingerprint
 
 BLOCKS = ("double_blocks.", "single_blocks.")
 
@@ -118,7 +118,7 @@ def test_whole_pipelines(tmp_path, tiny, kind):
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize("damage", ["value", "scale"])
 def test_verification_sees_one_wrong_value_or_scale(tmp_path, tiny, monkeypatch, kind, damage):
-    from converters import quantised
+    from converters.reading import quantised
 
     real = quantised._stored if damage == "value" else quantised._shaped
 

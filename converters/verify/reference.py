@@ -1,6 +1,6 @@
 """What the layers of each layout compute, written down independently of the key maps (in torch, float32).
 
-`converters.forward` runs these where a checkpoint is in a layout that diffusers and transformers have no module
+`converters.verify.forward` runs these where a checkpoint is in a layout that diffusers and transformers have no module
 for: Black Forest Labs' names and the parameter paths of Orbax.  Sources: the published FLUX.1 code and model cards
 for BFL's order of fused parts; DiT (arXiv 2212.09748) for adaLN; T5 v1.1 (arXiv 1910.10683); CLIP (arXiv
 2103.00020); latent diffusion (arXiv 2112.10752) for the autoencoder.

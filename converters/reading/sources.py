@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from converters.errors import CheckpointError
-from converters.formats import SafetensorsSource, read_json, weight_paths
 from converters.keymap import Rename, canonical
+from converters.reading.formats import SafetensorsSource, read_json, weight_paths
 
 # safetensors' spelling -> numpy
 STORAGE: dict[str, np.dtype] = {

@@ -1,7 +1,7 @@
 """LoRAs: one meaning for every dialect, their effective change, and merging them into checkpoints.
 
 A LoRA is held as factors per slot (one parameter of one layer): ``change of the weight [out, in] = weight x scale x
-B [out, rank] @ A [rank, in]`` (Hu et al., arXiv 2106.09685), ``scale = alpha / rank``.  `converters.lora_dialects`
+B [out, rank] @ A [rank, in]`` (Hu et al., arXiv 2106.09685), ``scale = alpha / rank``.  `converters.lora.dialects`
 reads and writes the names in use.
 """
 
@@ -16,9 +16,9 @@ import numpy as np
 
 from converters.components import Checkpoint, Part
 from converters.errors import CheckpointError
-from converters.families import slot_name
 from converters.keymap import OPERATIONS, Slot, Tensor
-from converters.sources import ComputedSource, is_float
+from converters.kinds import slot_name
+from converters.reading.sources import ComputedSource, is_float
 from converters.stream import cast
 
 

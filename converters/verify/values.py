@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from converters.components import Checkpoint, Part, open_checkpoint
-from converters.digest import Digest
 from converters.errors import CheckpointError
-from converters.families import slot_name
 from converters.keymap import Slot
-from converters.quantised import BY_STORAGE, Format
-from converters.sources import is_float, scale_of
+from converters.kinds import slot_name
+from converters.reading.quantised import BY_STORAGE, Format
+from converters.reading.sources import is_float, scale_of
 from converters.stream import Progress, all_finite, blocks, contiguous, default_workers, in_parallel
+from converters.verify.digest import Digest
 
 _BLOCK = 1 << 19  # bytes compared at a time: small enough to stay in the cache while they are hashed
 # Largest relative error of rounding to nearest, and half the smallest step near zero.
@@ -42,7 +42,7 @@ class Findings:
         largest_step: largest error among those, in scales.
         wrong: slots that are neither, with the reason.
         nonfinite: slots that hold NaN or infinity in the source.
-        hashes: slot -> `converters.digest.Digest` of type, shape and values of the source.
+        hashes: slot -> `converters.verify.digest.Digest` of type, shape and values of the source.
     """
 
     slots: int = 0
