@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from converters.errors import CheckpointError
-from converters.reading.formats import METADATA_KEY, Kind, SafetensorsSource, choose_weights, detect, open_tensors
+from converters.reading.detect import Kind, detect
+from converters.reading.formats import METADATA_KEY, SafetensorsSource, choose_weights, open_tensors
 from converters.reading.sources import OrbaxSource, is_orbax
 from converters.report import stored_report, summary
 
@@ -48,7 +49,7 @@ class Report:
 
     Attributes:
         path: what was inspected.
-        kind: `converters.reading.formats.Kind` by its value, or "image".
+        kind: `converters.reading.detect.Kind` by its value, or "image".
         description: one line.
         parts: components, or the single file.
         metadata: name of each text record in the file -> what it is ("JSON, 14 fields").

@@ -17,7 +17,8 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from converters.errors import CheckpointError
-from converters.reading.formats import Kind, choose_weights, detect, read_pipeline, weight_paths
+from converters.reading.detect import Kind, detect
+from converters.reading.formats import choose_weights, read_pipeline, weight_paths
 
 logger = logging.getLogger(__name__)
 

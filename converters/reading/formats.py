@@ -1,4 +1,4 @@
-"""What a checkpoint path holds, and lazy access to its tensors.  Nothing here runs code from a checkpoint.
+"""Safetensors files and the folders around them, opened lazily.  Nothing here runs code from a checkpoint.
 
 Weights are read from safetensors only: one file, or a component folder whose ``*.safetensors.index.json`` names
 shards beside it.  Headers are checked by the safetensors library before anything is allocated; files are
@@ -7,12 +7,11 @@ memory-mapped, so a tensor costs memory when it is read and not before.
 
 from __future__ import annotations
 
-import enum
 import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors asks for by name
@@ -32,36 +31,6 @@ BITS = {
 _NUMPY = {
     "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "F64", "C64",
 }  # fmt: skip
-
-
-class Kind(enum.Enum):
-    """How a checkpoint is laid out on disk."""
-
-    PIPELINE = "diffusers pipeline folder"
-    COMPONENT = "component folder"
-    BFL_TRANSFORMER = "BFL single-file transformer"
-    SAFETENSORS = "safetensors file"
-    PICKLE = "pickle file"
-    OTHER = "not a checkpoint"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What `detect` found.
-
-    Attributes:
-        kind: the layout.
-        path: the folder or file.
-        description: one line for people.
-        components: pipelines only: component name -> (library, class) as ``model_index.json`` says.
-        class_name: the class a component's or pipeline's configuration names, if any.
-    """
-
-    kind: Kind
-    path: Path
-    description: str
-    components: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    class_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,15 +80,15 @@ def _disguise(head: bytes) -> str | None:
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "a web page: the download was refused or redirected; fetch it with `hf download` after `hf auth login`"
     if head.startswith(b"PK\x03\x04"):
-        return f"a zip archive, as torch.save writes it. {_PICKLE_REMEDY}"
+        return f"a zip archive, as torch.save writes it. {PICKLE_REMEDY}"
     if re.match(rb"\x80[\x02-\x05][^\x00]", head, re.DOTALL):
-        return f"a Python pickle. {_PICKLE_REMEDY}"
+        return f"a Python pickle. {PICKLE_REMEDY}"
     if head.startswith(b"GGUF"):
         return "a GGUF file: `sega-jax convert` reads it (extra gguf), and `--transformer` takes it"
     return None
 
 
-_PICKLE_REMEDY = (
+PICKLE_REMEDY = (
     "Pickles can run code when opened and are refused: use the safetensors files of the model, or save it again "
     "with torch's weights_only loader and safetensors.torch.save_file"
 )
@@ -161,7 +130,7 @@ def choose_weights(names: Collection[str], where: str) -> Weights | None:
     if not variants:
         pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
         if pickles:
-            raise CheckpointError(f"{where}: only pickled weights ({', '.join(pickles)}). {_PICKLE_REMEDY}")
+            raise CheckpointError(f"{where}: only pickled weights ({', '.join(pickles)}). {PICKLE_REMEDY}")
         return None
     if "" not in variants and len(variants) > 1:
         raise CheckpointError(f"{where}: several variants ({', '.join(variants)}) and no plain one; keep one of them")
@@ -219,7 +188,7 @@ def weight_paths(folder: str | Path) -> tuple[list[Path], dict[str, str] | None]
         CheckpointError: no weights, missing shards, an index that points elsewhere.
     """
     folder = Path(folder)
-    weights = choose_weights([entry.name for entry in _listing(folder) if not entry.is_dir()], str(folder))
+    weights = choose_weights([entry.name for entry in listing(folder) if not entry.is_dir()], str(folder))
     if weights is None:
         raise CheckpointError(
             f"{folder}: no weights; expected diffusion_pytorch_model*.safetensors or model*.safetensors"
@@ -232,11 +201,16 @@ def weight_paths(folder: str | Path) -> tuple[list[Path], dict[str, str] | None]
         raise CheckpointError(f"{index}: expected a non-empty object 'weight_map' from tensor names to file names")
     for name in mapping.values():
         if name.endswith(PICKLE_SUFFIXES):
-            raise CheckpointError(f"{index} names the pickle {name!r}. {_PICKLE_REMEDY}")
+            raise CheckpointError(f"{index} names the pickle {name!r}. {PICKLE_REMEDY}")
     return [inside(folder, name, str(index)) for name in sorted(set(mapping.values()))], mapping
 
 
-def _listing(folder: Path) -> list[Path]:
+def listing(folder: Path) -> list[Path]:
+    """Entries of a folder in order of their names.
+
+    Raises:
+        CheckpointError: it is not there, or cannot be read.
+    """
     try:
         return sorted(folder.iterdir())
     except FileNotFoundError:
@@ -390,7 +364,7 @@ def _open_file(path: Path) -> safe_open:
         if (disguise := _disguise(head)) is not None:
             raise CheckpointError(f"{path}: expected safetensors, this is {disguise}")
         if path.suffix in PICKLE_SUFFIXES:
-            raise CheckpointError(f"{path}: looks like a pickle by its name. {_PICKLE_REMEDY}")
+            raise CheckpointError(f"{path}: looks like a pickle by its name. {PICKLE_REMEDY}")
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as exc:
@@ -418,7 +392,7 @@ def open_tensors(path: str | Path) -> SafetensorsSource:
     return SafetensorsSource(paths, mapping, index=f"the index in {path}")
 
 
-# -- detection -----------------------------------------------------------------------------------------------------
+# -- pipelines -----------------------------------------------------------------------------------------------------
 
 
 def read_pipeline(folder: str | Path) -> dict[str, tuple[str, str]]:
@@ -445,102 +419,3 @@ def parse_pipeline(index: Mapping[str, object], where: str) -> dict[str, tuple[s
     if not components:
         raise CheckpointError(f"{where}: names no components; it is not a diffusers pipeline index")
     return components
-
-
-_CONFIGURATIONS = (  # file, key naming the class
-    ("config.json", "_class_name"),
-    ("config.json", "architectures"),
-    ("scheduler_config.json", "_class_name"),
-    ("tokenizer_config.json", "tokenizer_class"),
-    ("preprocessor_config.json", "image_processor_type"),
-)
-
-
-def _class_of(folder: Path) -> str | None:
-    """The class that a component's configuration names."""
-    for file, key in _CONFIGURATIONS:
-        if (folder / file).is_file():
-            value = read_json(folder / file).get(key)
-            value = value[0] if isinstance(value, list) and value else value
-            if isinstance(value, str):
-                return value
-    return None
-
-
-_SIGNATURES = (  # (all of these names are present, what it is); first match wins
-    (("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight"), Kind.BFL_TRANSFORMER),
-    (("model.diffusion_model.double_blocks.0.img_attn.qkv.weight",), "ComfyUI single-file FLUX checkpoint"),
-    (("transformer_blocks.0.attn.to_q.weight", "x_embedder.weight"), "transformer in diffusers' names"),
-    (("decoder.up_blocks.0.resnets.0.conv1.weight",), "VAE in diffusers' names"),
-    (("decoder.up.0.block.0.conv1.weight",), "VAE in BFL's names"),
-    (("text_model.embeddings.token_embedding.weight",), "CLIP text encoder"),
-    (("encoder.block.0.layer.0.SelfAttention.q.weight",), "T5 encoder"),
-)
-_LORA = re.compile(r"\.lora_(A|B|up|down)\b|^lora_unet_|\.lora_linear_layer\.")
-
-
-def _count(names: Iterable[str], prefix: str) -> int:
-    return len({name.split(".")[1] for name in names if name.startswith(prefix)})
-
-
-def recognise(names: Collection[str]) -> tuple[Kind, str]:
-    """What a single file most likely holds, judged by its tensor names."""
-    present = set(names)
-    for needed, what in _SIGNATURES:
-        if present.issuperset(needed):
-            if what is not Kind.BFL_TRANSFORMER:
-                return Kind.SAFETENSORS, str(what)
-            double, single = _count(present, "double_blocks."), _count(present, "single_blocks.")
-            guidance = "with" if "guidance_in.in_layer.weight" in present else "without"
-            return what, f"BFL FLUX transformer: {double} double and {single} single blocks, {guidance} guidance input"
-    if any(_LORA.search(name) for name in present):
-        return Kind.SAFETENSORS, "LoRA"
-    if present == {"latents"}:
-        return Kind.SAFETENSORS, "latents"
-    return Kind.SAFETENSORS, "tensors of an unknown model"
-
-
-def detect(path: str | Path) -> Layout:
-    """What lies at a path, by names and headers alone.
-
-    A folder with ``model_index.json`` is a pipeline whatever single files lie beside it.
-
-    Raises:
-        CheckpointError: nothing is there, or a file that decides the answer is damaged.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return _detect_folder(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
-    try:
-        with SafetensorsSource([path]) as source:
-            kind, what = recognise(source.keys())
-    except CheckpointError as exc:
-        if path.suffix in PICKLE_SUFFIXES or _PICKLE_REMEDY in str(exc):
-            return Layout(Kind.PICKLE, path, f"pickle. {_PICKLE_REMEDY}")
-        if path.suffix == ".safetensors":
-            raise
-        return Layout(Kind.OTHER, path, f"a {path.suffix or 'plain'} file, not a checkpoint")
-    return Layout(kind, path, what)
-
-
-def _detect_folder(path: Path) -> Layout:
-    if (path / "model_index.json").exists():
-        index = read_json(path / "model_index.json")
-        components = parse_pipeline(index, str(path / "model_index.json"))
-        name = index.get("_class_name")
-        name = name if isinstance(name, str) else None
-        return Layout(
-            Kind.PIPELINE, path, f"diffusers pipeline {name or ''} with {', '.join(components)}", components, name
-        )
-    files = [entry.name for entry in _listing(path) if not entry.is_dir()]
-    name = _class_of(path)
-    weights = choose_weights(files, str(path))
-    if weights is not None or any(file in files for file, _ in _CONFIGURATIONS):
-        holds = "no weights" if weights is None else f"{len(weights.files)} weight file(s)"
-        return Layout(Kind.COMPONENT, path, f"component folder: {name or 'unnamed class'}, {holds}", class_name=name)
-    singles = [file for file in files if file.endswith(".safetensors")]
-    if singles:
-        return Layout(Kind.OTHER, path, f"a folder of single files; give one of them: {', '.join(singles)}")
-    return Layout(Kind.OTHER, path, "a folder without model_index.json, config.json or safetensors weights")

@@ -15,16 +15,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from converters.errors import CheckpointError
+from converters.reading.detect import Kind, detect, recognise
 from converters.reading.formats import (
-    Kind,
     SafetensorsSource,
     Weights,
     choose_weights,
-    detect,
     open_tensors,
     read_json,
     read_pipeline,
-    recognise,
 )
 
 
