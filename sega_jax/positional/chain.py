@@ -301,7 +301,7 @@ PRESETS: dict[str, str] = {
     "dype-ntk": "ntk(strength=dype(scale=2.0))",
     "dype-yarn": "yarn(strength=dype(scale=1.0))+temperature()",
     "sega": f"{_SEGA_BASE}+sega_magnitude()",
-    "sega-release": f'{_SEGA_BASE}+sega_magnitude(reduce="batch", share_width=True)',
+    "sega-release": f'{_SEGA_BASE}+sega_magnitude(reduce="batch", share_width=True, bins="float32")',
 }
 
 

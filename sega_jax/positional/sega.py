@@ -31,7 +31,7 @@ from sega_jax.positional.rules import (
     real_dtype,
     side,
 )
-from sega_jax.positional.spectrum import EPS, Spectrum, measure
+from sega_jax.positional.spectrum import EPS, Bins, Spectrum, measure
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -49,6 +49,8 @@ class sega_magnitude(MagnitudeRule):
         reduce: ``"sample"``, or ``"batch"`` as released (`measure`).
         share_width: on ``"centered"`` grids, rows take the columns' magnitudes, as the Qwen-Image release does
             (sega.md §3.4); no effect on ``"corner"`` grids.
+        bins: which frequency counts to which bin of the profiles: ``"exact"``, or ``"float32"`` as released
+            (`measure`).
         scale, activation, trained: as in `ntk`; None follows the chain's frequency rule (alone: ``"sega"``).
     """
 
@@ -61,13 +63,14 @@ class sega_magnitude(MagnitudeRule):
     reference: Literal["power", "log"] = choice("power", "log")
     reduce: Literal["sample", "batch"] = choice("sample", "batch")
     share_width: bool = choice(False, True)
+    bins: Bins = choice("exact", "float32")
     scale: Scale | None = choice(None, "per_axis", "isotropic", "sega")
     activation: Activation | None = choice(None, "per_axis", "max_side", "area")
     trained: int | None = side()
 
     def measure(self, tokens: jax.Array, grid: Grid, probe: jax.Array | None = None) -> Spectrum:
-        """The spectrum this rule reads: `sega_jax.positional.measure` with the rule's ``reduce``."""
-        return measure(tokens, grid, probe, self.reduce)
+        """The spectrum this rule reads: `sega_jax.positional.measure` with the rule's ``reduce`` and ``bins``."""
+        return measure(tokens, grid, probe, self.reduce, self.bins)
 
     def magnitudes(self, grid: Grid, signals: Signals, policy: Policy | None = None) -> PerStream:
         """Magnitudes per stream kind and axis, [..., d_a / 2]; leading axes are the spectrum's."""

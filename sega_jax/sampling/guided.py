@@ -24,6 +24,7 @@ from sega_jax.geometry import Grid
 from sega_jax.layouts.streams import bind
 from sega_jax.layouts.windows import ScaleDiT
 from sega_jax.models.flux import pack
+from sega_jax.sampling import latent_ops
 from sega_jax.sampling.denoise import Conditioning, Velocity, add_noise, euler
 from sega_jax.sampling.sampler import Noise, Stage, State
 
@@ -208,8 +209,8 @@ def pull(velocity: jax.Array, latents: jax.Array, target: jax.Array, sigma: Any,
 
 @partial(jax.jit, static_argnames=("shape",))
 def enlarge(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """[B, h, w, C] to [B, *shape, C], bicubic."""
-    return jax.image.resize(x, (x.shape[0], *shape, x.shape[3]), "bicubic")
+    """[B, h, w, C] to [B, *shape, C] by the bicubic of both releases, PyTorch's (`latent_ops.bicubic`, a = -0.75)."""
+    return latent_ops.bicubic(x, *shape)
 
 
 @jax.jit

@@ -192,7 +192,7 @@ def test_what_methods_measure():
         got = pe.statistic(method, tokens, GRID)
         jax.tree.map(assert_array_equal, got, pe.measure(tokens, GRID))
     released = pe.statistic(pe.get("sega-release"), tokens, GRID)
-    jax.tree.map(assert_array_equal, released, pe.measure(tokens, GRID, reduce="batch"))
+    jax.tree.map(assert_array_equal, released, pe.measure(tokens, GRID, reduce="batch", bins="float32"))
     assert pe.initial_state(pe.get("sega"), GRID, 2) is None
     assert pe.next_state(pe.get("sega"), GRID, pe.Signals(sigma=1.0)) is None
 
@@ -281,7 +281,7 @@ def test_presets():
         assert pe.get(name) == pe.get(str(method)) == method
     assert str(pe.get("yarn")) == "yarn()+temperature()"
     assert pe.get("sega").magnitude.reduce == "sample"
-    assert pe.get("sega-release").magnitude == pe.sega_magnitude(reduce="batch", share_width=True)
+    assert pe.get("sega-release").magnitude == pe.sega_magnitude(reduce="batch", share_width=True, bins="float32")
 
 
 def test_get_returns_objects_as_they_are():

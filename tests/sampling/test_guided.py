@@ -281,6 +281,16 @@ def test_run(changed, low):
     assert sampler.latents(state).shape == (1, 16, 16, 4)
 
 
+def test_small_pictures_grow_by_the_releases_bicubic():
+    """PyTorch's kernel, a = -0.75: the fourth of eight values between four is (-27 225 67 -9) / 256 of them."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 4, 4, 3)).astype(np.float32)
+    half = np.array([[283, -27, 0, 0], [198, 67, -9, 0], [58, 225, -27, 0], [-27, 225, 67, -9]]) / 256
+    matrix = np.concatenate([half, half[::-1, ::-1]])
+    expected = np.einsum("yh,bhwc,xw->byxc", matrix, x, matrix)
+    np.testing.assert_allclose(guided.enlarge(jnp.asarray(x), (8, 8)), expected, atol=1e-6)
+
+
 def test_small_stream_on_a_mesh(changed):
     """The stream and its adapters on two devices, image tokens and channels apart, against one device."""
     params, v = velocity(changed, ScaleDiT(adapt="flux1"))
