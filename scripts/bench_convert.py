@@ -25,7 +25,7 @@ from converters.files import flush
 from converters.kinds import BY_NAME
 from converters.report import stored_report
 from converters.stream import Output, Progress, write_sharded
-from sega_jax.provenance import provenance
+from sega_jax.runtime.provenance import provenance
 
 CONFIG = {
     "_class_name": "FluxTransformer2DModel", "in_channels": 64, "attention_head_dim": 128, "num_attention_heads": 24,

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 import sega_jax as sj
+from sega_jax.decoding.decode import TILE
 from sega_jax.nano.grammar import sample
 from sega_jax.nano.render import render
-from sega_jax.provenance import provenance
-from sega_jax.stages import TILE
+from sega_jax.runtime.provenance import provenance
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

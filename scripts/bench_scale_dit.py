@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from sega_jax.layouts.dense import Dense
-from sega_jax.layouts.windows import ScaleDiT
+from sega_jax.layouts.scale_dit import ScaleDiT
 from sega_jax.models.flux import pack
-from sega_jax.pipeline import Pipeline
-from sega_jax.provenance import provenance
-from sega_jax.sampling.guided import small_stream
+from sega_jax.pipeline.pipeline import Pipeline
+from sega_jax.runtime.provenance import provenance
+from sega_jax.sampling.scale_dit import small_stream
 
 CONTESTANTS = {
     "dense": Dense(),

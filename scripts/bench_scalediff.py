@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sega_jax.attention import attend
+from sega_jax.costs.visits import attention_flops
 from sega_jax.geometry import RopeSpec
-from sega_jax.layouts.count import attention_flops
 from sega_jax.layouts.dense import Dense
-from sega_jax.layouts.neighborhood import Neighborhood
+from sega_jax.layouts.scalediff import Neighborhood
 from sega_jax.layouts.streams import bind
 from sega_jax.positional import plain
-from sega_jax.provenance import provenance
+from sega_jax.runtime.provenance import provenance
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sega_jax.provenance import provenance
+from sega_jax.runtime.provenance import provenance
 
 CHILD = """
 import json, sys, time
@@ -31,8 +31,9 @@ def lap(name):
 import jax
 lap("import jax")
 import sega_jax as sj
-from sega_jax import positional as pe, startup
-from sega_jax.pipeline import default_dtype
+from sega_jax import positional as pe
+from sega_jax.pipeline import warmup
+from sega_jax.pipeline.pipeline import default_dtype
 lap("import sega_jax")
 jax.devices()
 sj.use_compilation_cache()
@@ -41,9 +42,9 @@ total = time.perf_counter()
 method = pe.get("pi")
 future = None
 if overlapped:
-    outline = startup.outline(model, dtype=default_dtype(), hub={})
+    outline = warmup.outline(model, dtype=default_dtype(), hub={})
     plan = outline.plan("a red circle", width=side, height=side, positional=method)
-    future = startup.ahead(startup.compile_step, outline, plan, method, batch=1)
+    future = warmup.ahead(warmup.compile_step, outline, plan, method, batch=1)
 pipe = sj.Pipeline.from_pretrained(model)
 jax.block_until_ready(pipe.params)
 lap("weights")

@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sega_jax.attention.bench import matmul_rate
-from sega_jax.families import Component
-from sega_jax.pipeline import Pipeline, default_dtype
-from sega_jax.plan import plan
-from sega_jax.provenance import provenance, threads
+from sega_jax.costs.report import plan
+from sega_jax.families.flux import Component
+from sega_jax.families.skeleton import skeleton
+from sega_jax.pipeline.pipeline import Pipeline, default_dtype
+from sega_jax.runtime.provenance import provenance, threads
 from sega_jax.sampling.denoise import Conditioning
-from sega_jax.skeleton import skeleton
 
 SPREAD = 0.02  # of random weights
 

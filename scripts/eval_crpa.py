@@ -9,10 +9,10 @@ A table that exists goes on where it was.  ``--page FILE`` writes both tables in
 import argparse
 import json
 
-from sega_jax.evaluation import compare, contest, regions
-from sega_jax.images import Image
-from sega_jax.pipeline import Pipeline
-from sega_jax.provenance import provenance
+from sega_jax.evaluation import compare, contest, crpa
+from sega_jax.media.images import Image
+from sega_jax.pipeline.pipeline import Pipeline
+from sega_jax.runtime.provenance import provenance
 
 
 def main() -> None:
@@ -35,9 +35,9 @@ def main() -> None:
         return text.replace("crpa(", f"crpa(levels={options.levels}, ") if options.levels != 2 else text
 
     if options.time:
-        cases = [(text, f"center:{share}") for share in options.shares for text in ("crpa()", regions.LAYOUTS["crpa"])]
+        cases = [(text, f"center:{share}") for share in options.shares for text in ("crpa()", crpa.LAYOUTS["crpa"])]
         cases = [(layout(text), share) for text, share in cases]
-        rows = regions.step_times(pipe, options.side, layouts=cases, heads=options.heads)
+        rows = crpa.step_times(pipe, options.side, layouts=cases, heads=options.heads)
         print(json.dumps(rows, indent=1), flush=True)
         compare.save(options.out, {"side": options.side, "heads": options.heads, "steps": rows, **provenance()})
         return
@@ -54,9 +54,9 @@ def main() -> None:
     )  # fmt: skip
     done = {(row["side"], row["positional"], row["states"], row["model"]) for row in table.get("velocity", [])}
     if options.states and (options.side, options.positional, options.states, contest.identity(pipe)) not in done:
-        rows = regions.velocity_errors(
+        rows = crpa.velocity_errors(
             pipe, options.side, shares=options.shares, positional=options.positional, pictures=options.states // 4,
-            layouts={name: layout(text) for name, text in regions.LAYOUTS.items()},
+            layouts={name: layout(text) for name, text in crpa.LAYOUTS.items()},
         )  # fmt: skip
         shared = {"side": options.side, "positional": options.positional, "model": contest.identity(pipe)}
         table["velocity"] = table.get("velocity", []) + [{**shared, **row} for row in rows]
@@ -65,14 +65,14 @@ def main() -> None:
     for share in options.seams:
         shared = {"side": options.side, "share": share, "model": contest.identity(pipe), "pictures": 16}
         if (options.side, share, shared["model"]) not in known:
-            rows = regions.seams_of_estimates(pipe, options.side, share=share, pictures=shared["pictures"])
+            rows = crpa.seams_of_estimates(pipe, options.side, share=share, pictures=shared["pictures"])
             table["seams"] = table.get("seams", []) + [{**shared, **row} for row in rows]
             compare.save(options.out, table)
-    print(regions.summarize(table.get("velocity", [])))
-    print(regions.summarize_seams(table.get("seams", [])))
+    print(crpa.summarize(table.get("velocity", [])))
+    print(crpa.summarize_seams(table.get("seams", [])))
     if options.page is not None:
-        contest.write_into(options.page, "velocities", regions.summarize(table["velocity"]))
-        contest.write_into(options.page, "seams", regions.summarize_seams(table.get("seams", [])))
+        contest.write_into(options.page, "velocities", crpa.summarize(table["velocity"]))
+        contest.write_into(options.page, "seams", crpa.summarize_seams(table.get("seams", [])))
         contest.write_into(options.page, "pictures", contest.summarize(table))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import sega_jax as sj
 from sega_jax.evaluation import compare, contest, curve
-from sega_jax.images import Image
+from sega_jax.media.images import Image
 
 SHOWN = ("none", "ntk", "yarn", "dype-yarn", "sega")
 

@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 from sega_jax.evaluation import contest
-from sega_jax.images import Image
-from sega_jax.pipeline import Pipeline
+from sega_jax.media.images import Image
+from sega_jax.pipeline.pipeline import Pipeline
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ A table that exists goes on where it was.  ``--page FILE`` writes it into a page
 import argparse
 
 from sega_jax.evaluation import contest
-from sega_jax.images import Image
-from sega_jax.pipeline import Pipeline
+from sega_jax.media.images import Image
+from sega_jax.pipeline.pipeline import Pipeline
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 from sega_jax.evaluation import kappa
-from sega_jax.pipeline import Pipeline
+from sega_jax.pipeline.pipeline import Pipeline
 
 
 def main() -> None:

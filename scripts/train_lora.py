@@ -12,8 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from sega_jax.models.adapters import save, size
-from sega_jax.pipeline import Pipeline
-from sega_jax.training import lora, lora_data
+from sega_jax.pipeline.pipeline import Pipeline
+from sega_jax.training import scale_dit, scale_dit_data
 
 
 def main() -> None:
@@ -31,13 +31,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="LoRA to write; WORK/lora.safetensors")
     parser.add_argument("--every", type=int, default=100, help="steps between reports and checkpoints")
     parser.add_argument("--seconds", type=float, help="stop after this time")
-    for field in fields(lora.Recipe):
+    for field in fields(scale_dit.Recipe):
         if field.name == "remat":
             continue
         kind = {"rate": float}.get(field.name, type(field.default))
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
     arguments = parser.parse_args()
-    recipe = lora.Recipe(**{f.name: getattr(arguments, f.name) for f in fields(lora.Recipe) if f.name != "remat"})
+    recipe = scale_dit.Recipe(
+        **{f.name: getattr(arguments, f.name) for f in fields(scale_dit.Recipe) if f.name != "remat"}
+    )
 
     def report(line: str) -> None:
         print(time.strftime("%H:%M:%S"), line, flush=True)
@@ -45,12 +47,14 @@ def main() -> None:
     pipe = Pipeline.from_pretrained(arguments.model, dtype=arguments.dtype, mesh=arguments.mesh)
     ratio, samples = recipe.windows().ratio, arguments.latents or arguments.work / "samples"
     if arguments.data is not None:
-        lora_data.encode_folder(pipe, arguments.data, samples, tuple(arguments.size), ratio, recipe.seed, report)
+        scale_dit_data.encode_folder(pipe, arguments.data, samples, tuple(arguments.size), ratio, recipe.seed, report)
     elif arguments.nano is not None:
-        lora_data.encode_nano(pipe, samples, arguments.nano, arguments.count, ratio, recipe.seed, report)
-    batches = lora_data.batches(samples, recipe.batch, caption_drop=recipe.caption_drop, ratio=ratio, seed=recipe.seed)
+        scale_dit_data.encode_nano(pipe, samples, arguments.nano, arguments.count, ratio, recipe.seed, report)
+    batches = scale_dit_data.batches(
+        samples, recipe.batch, caption_drop=recipe.caption_drop, ratio=ratio, seed=recipe.seed
+    )
     parts = pipe.parts
-    adapters = lora.train(
+    adapters = scale_dit.train(
         recipe, parts.transformer, parts.rope, batches, arguments.work / "run",
         dtype=pipe.dtype, every=arguments.every, report=report, seconds=arguments.seconds,
         mesh=pipe.mesh,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Pipeline": "sega_jax.pipeline",
-    "Result": "sega_jax.pipeline",
-    "velocity": "sega_jax.pipeline",
+    "Pipeline": "sega_jax.pipeline.pipeline",
+    "Result": "sega_jax.pipeline.pipeline",
+    "velocity": "sega_jax.pipeline.pipeline",
     "Conditioning": "sega_jax.sampling.denoise",
     "euler": "sega_jax.sampling.denoise",
     "Grid": "sega_jax.geometry",
@@ -24,7 +24,7 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from sega_jax.geometry import Grid, RopeSpec
-    from sega_jax.pipeline import Pipeline, Result, velocity
+    from sega_jax.pipeline.pipeline import Pipeline, Result, velocity
     from sega_jax.sampling.denoise import Conditioning, euler
 
 __all__ = ["Conditioning", "Grid", "Pipeline", "Result", "RopeSpec", "euler", "use_compilation_cache", "velocity"]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from sega_jax import positional as pe
-from sega_jax.attention import local
+from sega_jax.attention import kernels
 from sega_jax.attention.bench import table
 from sega_jax.cli import main
-from sega_jax.hub import resolve
+from sega_jax.weights.hub import resolve
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,7 +43,7 @@ def test_readme_shows_the_committed_measurements():
 def test_the_page_on_attention_lists_every_kernel_and_its_code_runs(capsys):
     page = (ROOT / "docs" / "attention.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
-    built_in = [module.KERNEL.name for module in local.ORDER]
+    built_in = [module.KERNEL.name for module in kernels.ORDER]
     assert listed == built_in
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(block, "attention.md", "exec"), {})

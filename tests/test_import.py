@@ -51,8 +51,14 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
-        ("sega_jax/positional", ("sega_jax.models", "sega_jax.attention", "sega_jax.sampling", "sega_jax.pipeline")),
-        ("sega_jax/layouts", ("sega_jax.models", "sega_jax.attention", "sega_jax.sampling", "sega_jax.pipeline")),
+        (
+            "sega_jax/positional",
+            ("sega_jax.models", "sega_jax.attention", "sega_jax.sampling", "sega_jax.pipeline"),
+        ),
+        (
+            "sega_jax/layouts",
+            ("sega_jax.models", "sega_jax.attention", "sega_jax.sampling", "sega_jax.pipeline"),
+        ),
         ("sega_jax/attention", ("sega_jax.models", "sega_jax.sampling", "sega_jax.pipeline")),
         ("sega_jax/models", ("sega_jax.sampling", "sega_jax.pipeline", "sega_jax.cli", "converters.keymaps")),
         ("sega_jax/sampling", ("sega_jax.pipeline", "sega_jax.cli")),

@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import sega_jax as sj
-from sega_jax.provenance import processor, threads
+from sega_jax.runtime.provenance import processor, threads
 
 PINS = Path(__file__).parent / "data" / "pins.npz"
 TOLERANCE = 2e-3  # of latents whose standard deviation is about one, after two or three steps in float32

@@ -10,12 +10,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from sega_jax.attention.context.route import attend_split, split_backend
-from sega_jax.attention.context.split import Split
-from sega_jax.attention.local import Request, choose
+from sega_jax.attention.kernels import Request, choose
 from sega_jax.attention.merge import merge
 from sega_jax.layouts.blocks import BlockMap
 from sega_jax.layouts.streams import Call, KeySet, Tokens
 from sega_jax.positional.rope import rotate
+from sega_jax.sharding.split import Split
 
 Streams = Mapping[str, jax.Array]
 
@@ -32,7 +32,7 @@ def attention(
 ) -> jax.Array:
     """Plain attention of q [B, Nq, H, D] over k [B, Nk, H, D] and v [B, Nk, H, Dv] -> [B, Nq, H, Dv].
 
-    ``scale`` defaults to ``D ** -0.5``.  See `sega_jax.attention.local` for the other arguments.
+    ``scale`` defaults to ``D ** -0.5``.  See `sega_jax.attention.kernels` for the other arguments.
     """
     request = Request(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, kv_length, block_map)
     kernel, _ = choose(request, backend)

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sega_jax.attention.local import Request, choose, kernels, tiles
+from sega_jax.attention.kernels import Request, choose, kernels, tiles
 from sega_jax.layouts.blocks import from_blocks
-from sega_jax.layouts.windows import block_map
-from sega_jax.provenance import provenance, threads
+from sega_jax.layouts.scale_dit import block_map
+from sega_jax.runtime.provenance import provenance, threads
 
 PATTERNS = ("dense", "full", "scale-dit-k", "scale-dit-p", "scalediff")
 NATIVE = 64  # tokens per side of a ScaleDiff window's keys; its queries are half as wide

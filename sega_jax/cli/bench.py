@@ -45,9 +45,9 @@ class Bench:
             ValueError: for a case that does not exist, or a kernel that refuses it.
         """
         from sega_jax.attention import bench
-        from sega_jax.attention.local import tiles
+        from sega_jax.attention.kernels import tiles
         from sega_jax.cli.console import say
-        from sega_jax.provenance import provenance
+        from sega_jax.runtime.provenance import provenance
 
         patterns = self.patterns or (("dense",) if self.tune else bench.PATTERNS)
         cases = [

@@ -42,12 +42,12 @@ class Decode(ModelOptions):
         """
         import sega_jax
         from sega_jax.cli import outputs
-        from sega_jax.families import load_vae
-        from sega_jax.hub import resolve
-        from sega_jax.images import Image
-        from sega_jax.latents import load_latents
-        from sega_jax.pipeline import default_dtype
-        from sega_jax.stages import decode_with
+        from sega_jax.decoding.decode import decode_with
+        from sega_jax.families.flux import load_vae
+        from sega_jax.media.images import Image
+        from sega_jax.media.latents import load_latents
+        from sega_jax.pipeline.pipeline import default_dtype
+        from sega_jax.weights.hub import resolve
 
         if self.out is not None:
             outputs.check_pattern(self.out, (".png", ".jpg", ".jpeg", ".webp"), "out")

@@ -195,7 +195,7 @@ def _compilation_cache() -> list[Finding]:
 
 def _demo() -> list[Finding]:
     from converters.inspect import inspect
-    from sega_jax.hub import resolve
+    from sega_jax.weights.hub import resolve
 
     try:
         report = inspect(resolve("nano"))
@@ -224,7 +224,7 @@ def _attention() -> list[Finding]:
     import jax.numpy as jnp
 
     from sega_jax.attention import Request, choose
-    from sega_jax.pipeline import default_dtype
+    from sega_jax.pipeline.pipeline import default_dtype
 
     tokens, heads, width = 4096 + 512, 24, 128  # FLUX.1 at 1024 x 1024 with its text
     chosen: list[tuple[str, dict[str, str]]] = []

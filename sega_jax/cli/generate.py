@@ -129,7 +129,7 @@ class Generate(ModelOptions):
         Raises:
             ValueError, TypeError: arguments.  CheckpointError, OSError: files.
         """
-        from sega_jax.cli import jobs as J
+        from sega_jax.cli.generation import jobs as J
 
         J.forget()
         with _importable(Path.cwd()):
@@ -154,12 +154,12 @@ class Generate(ModelOptions):
             return None
         if self.prompts is not None:
             raise ValueError("--from-image and --prompts are both given; choose one")
-        from sega_jax.images import read_metadata
+        from sega_jax.media.images import read_metadata
 
         return read_metadata(self.from_image)
 
     def _requests(self, record: dict | None) -> list:
-        from sega_jax.cli import requests as R
+        from sega_jax.cli.generation import requests as R
 
         given: dict[str, Any] = {}
         for field in fields(self):
@@ -196,13 +196,13 @@ class Generate(ModelOptions):
         return [R.build(given)]
 
     def _serve(self, requests: list, record: dict, size: int, fill: bool) -> dict:
-        from sega_jax.cli import jobs as J
-        from sega_jax.families import family_of
-        from sega_jax.hub import resolve
+        from sega_jax.cli.generation import jobs as J
+        from sega_jax.families.flux import family_of
         from sega_jax.models.adapters import guidance_settings
-        from sega_jax.models.lora import lora_specs
         from sega_jax.models.quantized import check_weights
-        from sega_jax.pipeline import default_dtype, versions
+        from sega_jax.pipeline.pipeline import default_dtype, versions
+        from sega_jax.weights.hub import resolve
+        from sega_jax.weights.loras import lora_specs
 
         model = self.model or record.get("model") or "nano"
         own = self.model is None  # the record's model, with the record's revision and transformer
@@ -241,8 +241,8 @@ class Generate(ModelOptions):
         _report(jobs)
         timings: dict[str, float] = {}
         if batches:
-            from sega_jax.cli.engine import Engine
-            from sega_jax.pipeline import Pipeline
+            from sega_jax.cli.generation.engine import Engine
+            from sega_jax.pipeline.pipeline import Pipeline
             from sega_jax.sampling.resume import Stopped
             from sega_jax.sharding.mesh import describe, resolve_mesh
 
@@ -294,8 +294,8 @@ class Generate(ModelOptions):
         Raises:
             ValueError: the largest picture needs more memory than there is; says what would fit.
         """
-        from sega_jax.plan import place_here
-        from sega_jax.skeleton import skeleton
+        from sega_jax.costs.report import place_here
+        from sega_jax.families.skeleton import skeleton
 
         if self.mesh is not None:
             return None
@@ -319,8 +319,8 @@ class Generate(ModelOptions):
         self, batches: list, model: str, transformer: Path | None, run: dict, mesh: Any, hub: dict
     ) -> Any:
         """Starts to compile the first step of the run while the weights are read."""
-        from sega_jax import startup
-        from sega_jax.cli import jobs as J
+        from sega_jax.cli.generation import jobs as J
+        from sega_jax.pipeline import warmup
 
         first = next((batch for batch in batches if batch.key), None)
         if first is None:
@@ -328,7 +328,7 @@ class Generate(ModelOptions):
         job = first.jobs[0]
 
         def work() -> bool:
-            pipe = startup.outline(
+            pipe = warmup.outline(
                 model,
                 dtype=run["dtype"],
                 transformer=transformer,
@@ -339,9 +339,9 @@ class Generate(ModelOptions):
                 context=self.context,
             )
             method = J.method_of(job.plan.positional)
-            return startup.compile_step(pipe, job.plan, method, batch=first.size, text_tokens=J.text_tokens(job))
+            return warmup.compile_step(pipe, job.plan, method, batch=first.size, text_tokens=J.text_tokens(job))
 
-        return startup.ahead(work)
+        return warmup.ahead(work)
 
     def _warn_of_differences(self, record: dict, now: dict[str, str], size: int, fill: bool) -> None:
         for name, value in now.items():
@@ -380,8 +380,8 @@ def _without_ladder(base: dict[str, Any], given: dict[str, Any], where: str) -> 
 
 def _guidance_lora(layouts: list[str], loras: tuple) -> Any:
     """The LoRA that layout scale-dit keeps for its small stream, instead of merging it; None for other layouts."""
-    from sega_jax.named_layouts import get_layout
-    from sega_jax.sampling.guided import Guided
+    from sega_jax.sampling.registry import get_layout
+    from sega_jax.sampling.scale_dit import Guided
 
     guided = {isinstance(get_layout(layout), Guided) for layout in layouts}
     if guided != {True} and not (loras and True in guided):
@@ -443,7 +443,7 @@ def _recipe_line(job: Any) -> str:
 
 def _report(jobs: list) -> None:
     """Says what is about to happen: each recipe once, and what is skipped."""
-    from sega_jax.cli.jobs import State
+    from sega_jax.cli.generation.jobs import State
 
     for line in dict.fromkeys(_recipe_line(job) for job in jobs if job.state is State.NEW):
         say(line)
@@ -473,7 +473,7 @@ def _plan_entry(job: Any, outline: Any) -> dict:
 
 
 def _image_entry(job: Any) -> dict:
-    from sega_jax.cli.jobs import State
+    from sega_jax.cli.generation.jobs import State
 
     entry = {
         "path": str(job.out),

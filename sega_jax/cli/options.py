@@ -36,7 +36,7 @@ class ModelOptions:
     """Use what is downloaded already; as HF_HUB_OFFLINE=1."""
 
     def hub(self, revision: str | None = None) -> dict[str, Any]:
-        """Arguments for `sega_jax.hub.resolve`."""
+        """Arguments for `sega_jax.weights.hub.resolve`."""
         return {
             "revision": self.revision or revision,
             "cache_dir": self.cache_dir,

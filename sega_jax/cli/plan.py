@@ -61,16 +61,16 @@ class Plan(ModelOptions):
     """Result as JSON on standard output."""
 
     def run(self) -> dict:
-        """The plan (`sega_jax.plan.plan`), or with ``all_targets`` a ranking of them, ``targets``.
+        """The plan (`sega_jax.costs.report.plan`), or with ``all_targets`` a ranking of them, ``targets``.
 
         Raises:
             ValueError, TypeError: arguments.  CheckpointError, OSError: files.
         """
         if self.usd is not None and not self.all_targets:
             raise ValueError("--usd ranks targets by cost; give --all-targets too")
-        from sega_jax.cli.requests import parse_size
-        from sega_jax.plan import plan, rank
-        from sega_jax.targets import ALL_TARGETS
+        from sega_jax.cli.generation.requests import parse_size
+        from sega_jax.costs.report import plan, rank
+        from sega_jax.costs.targets import ALL_TARGETS
 
         prices = None if self.usd is None else _prices(self.usd)
         options: dict[str, Any] = {

@@ -19,8 +19,8 @@ import numpy as np
 from sega_jax.evaluation import metrics
 from sega_jax.nano import accuracy, check, grammar, render
 from sega_jax.nano.grammar import Scene
-from sega_jax.pipeline import Pipeline
-from sega_jax.provenance import provenance
+from sega_jax.pipeline.pipeline import Pipeline
+from sega_jax.runtime.provenance import provenance
 
 METHODS = ("none", "pi", "ntk", "yarn", "dype-ntk", "dype-yarn", "sega")
 ATTRIBUTES = tuple(field.name for field in fields(Scene))

@@ -1,4 +1,4 @@
-"""Queries and keys of a running model, layer by layer, for `positional.kappa`."""
+"""Queries and keys of a running model, layer by layer, for `kappa`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sega_jax.attention.local import Kernel, Request, choose, register
+from sega_jax.attention.kernels import Kernel, Request, choose, register
 from sega_jax.layouts.dense import Dense
 from sega_jax.positional.kappa import kappa
 from sega_jax.positional.rope import plain, rotate, tables

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from sega_jax.geometry import Grid
-from sega_jax.layouts.mixed import dilate, pool_any, up
+from sega_jax.layouts.crpa import dilate, pool_any, up
 
 # clean estimate of the coarse latents f32 [B, h, w, C], its token grid -> score f32 [B, H, W], one per token
 Saliency = Callable[[jax.Array, Grid], jax.Array]

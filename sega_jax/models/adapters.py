@@ -22,11 +22,11 @@ from flax import nnx
 from safetensors.numpy import save as save_safetensors
 
 from converters.errors import CheckpointError
+from converters.files import atomic_path
 from converters.keymap import Slot
 from converters.lora.dialects import express
 from converters.lora.factors import Factors, Lora
 from converters.reading.formats import open_tensors
-from sega_jax.files import atomic_path
 from sega_jax.models.abstract import axes, parameters
 from sega_jax.models.layers import Linear
 

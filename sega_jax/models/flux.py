@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from sega_jax.attention import attend
-from sega_jax.attention.context.split import Split
 from sega_jax.geometry import RopeSpec
 from sega_jax.layouts.streams import Call, Stream
 from sega_jax.models import adapters as lowrank
 from sega_jax.models.layers import LayerNorm, Linear, RMSNorm, stack, timestep_embedding, zeros
 from sega_jax.sharding.rules import gathered
+from sega_jax.sharding.split import Split
 
 TIME_FEATURES = 256  # width of the sinusoidal features of sigma and guidance
 

@@ -103,7 +103,7 @@ def _host() -> jax.Device | None:
 def quantize(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A matrix [in, out] of any float type to int8 [in, out] and float32 scales [out].
 
-    ``values * scale`` is within half a scale of the matrix.  A transposed view stays one, for `checkpoint.assign`.
+    ``values * scale`` is within half a scale of the matrix.  A transposed view stays one, for `weights.load.assign`.
     """
     turned = kernel.flags.f_contiguous and not kernel.flags.c_contiguous
     values, scale = _quantized(jax.device_put(kernel.T if turned else kernel, _host()), -1 if turned else -2)

@@ -26,7 +26,7 @@ _END, _PAD = 1, 0  # ids of </s> and <pad>
 
 
 def published(module: nnx.Module, rows: Iterable[Row], dims: Dims) -> dict[str, np.ndarray]:
-    """The tensors of ``module`` under their published names and layouts: the inverse of `checkpoint.load`."""
+    """The tensors of ``module`` under their published names and layouts: the inverse of `weights.load`."""
     arrays = {path: np.asarray(jax.device_get(param[...])) for path, param in parameters(module).items()}
     tensors = {}
     for tensor in expand(list(rows), dims):

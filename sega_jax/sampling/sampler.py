@@ -44,7 +44,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps of a run that are one compiled program, as `sega_jax.plan` compiles and counts it without weights.
+    """Steps of a run that are one compiled program, as `sega_jax.costs.report` compiles and counts it without weights.
 
     Attributes:
         name: for people.

@@ -20,7 +20,7 @@ from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.streams import Call, bind
 from sega_jax.nano import model as nano
 from sega_jax.positional.rope import plain
-from sega_jax.training import mixed
+from sega_jax.training import fast_products
 from sega_jax.training.loop import Loss
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
@@ -77,7 +77,9 @@ def predict(modules: Mapping[str, nnx.Module], batch: Batch, noisy: jax.Array, s
     _, pooled = modules["text_encoder"](batch.clip_ids)
     text = modules["text_encoder_2"](batch.t5_ids)
     inputs = {"text": text, "image": noisy}
-    velocity = modules["transformer"](inputs, sigma, pooled, None, batch.calls, backend=mixed.BACKEND, unroll=True)
+    velocity = modules["transformer"](
+        inputs, sigma, pooled, None, batch.calls, backend=fast_products.BACKEND, unroll=True
+    )
     return velocity["image"]
 
 

@@ -19,7 +19,7 @@ from sega_jax.models.tokenize import load_clip_tokenizer, load_t5_tokenizer
 from sega_jax.models.vae import Vae, VaeConfig
 from sega_jax.nano import grammar, render, vocabulary
 from sega_jax.nano import model as nano
-from sega_jax.training import autoencoder, data, flow_matching, loop, mixed
+from sega_jax.training import autoencoder, data, fast_products, flow_matching, loop
 from sega_jax.training.data import Bucket, Phase
 
 Report = Callable[[str], None]
@@ -118,7 +118,7 @@ def initial_generator(seed: int) -> tuple[dict[str, nnx.GraphDef], dict[str, nnx
     """Transformer and text encoders before training, as graph definitions and parameters."""
     with nnx.use_eager_sharding(False):
         modules = nnx.jit(lambda key: nano.build_generator(nnx.Rngs(key)))(jax.random.key(seed))
-    mixed.prepare(modules.values())
+    fast_products.prepare(modules.values())
     return flow_matching.split(modules)
 
 

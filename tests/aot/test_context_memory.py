@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sega_jax import counting, topologies
 from sega_jax.attention import attend
-from sega_jax.attention.context.split import Split
+from sega_jax.costs import jaxpr, topologies
 from sega_jax.layouts.streams import Call, KeySet, Tokens
 from sega_jax.sharding.mesh import make_mesh
+from sega_jax.sharding.split import Split
 
 pytestmark = pytest.mark.aot
 TEXT, IMAGE, HEADS, WIDTH, CHIPS = 512, 147_456, 24, 128, 8
@@ -46,8 +46,8 @@ def test_temporaries_and_traffic_of_a_chip(target, kernel, scheme):
     with jax.default_device(devices[0]):
         compiled = run.lower(streams, streams, streams).compile()
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    sent = counting.hlo_collectives(compiled.as_text(), CHIPS)
+    sent = jaxpr.hlo_collectives(compiled.as_text(), CHIPS)
     print(f"{target} {scheme}: temporaries {temporaries / 1e9:.2f} GB, sent {sum(sent.values()) / 1e9:.2f} GB")
     assert temporaries < 1e9  # the public ring holds 5.4 GB here
-    moved = 2 * CHIPS if scheme == "ring" else 4 * (CHIPS - 1) / CHIPS  # shares, as `sega_jax.estimate` says
+    moved = 2 * CHIPS if scheme == "ring" else 4 * (CHIPS - 1) / CHIPS  # shares, as `sega_jax.costs.closed_form` says
     assert sum(sent.values()) == pytest.approx(moved * SHARE, rel=0.2)

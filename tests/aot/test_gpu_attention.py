@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from sega_jax import topologies
-from sega_jax.attention.local import Request, hopper
-from sega_jax.layouts.windows import block_map
+from sega_jax.attention.kernels import Request, hopper
+from sega_jax.costs import topologies
+from sega_jax.layouts.scale_dit import block_map
 
 pytestmark = pytest.mark.aot
 if lacking := topologies.missing("h200:1"):

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from sega_jax import topologies
-from sega_jax.plan import plan
+from sega_jax.costs import topologies
+from sega_jax.costs.report import plan
 
 pytestmark = pytest.mark.aot
 MATRIX = {
@@ -55,6 +55,6 @@ def test_flux_dev_at_36_megapixels(target):
     step = report["programs"][1]
     assert step["flops"] * report["devices"] == pytest.approx(17.25e15, rel=0.03)
     if report["devices"] > 1:
-        # the closed form of `sega_jax.estimate`
+        # the closed form of `sega_jax.costs.closed_form`
         assert sum(step["collectives"].values()) == pytest.approx(step["sent"], rel=0.2)
     assert report["host"]["peak_bytes"] < 4e9

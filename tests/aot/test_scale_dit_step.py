@@ -9,9 +9,9 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from sega_jax import positional as pe
-from sega_jax import topologies
-from sega_jax.attention.local import register, tpu
-from sega_jax.layouts.windows import ScaleDiT
+from sega_jax.attention.kernels import register, tpu
+from sega_jax.costs import topologies
+from sega_jax.layouts.scale_dit import ScaleDiT
 from sega_jax.models.abstract import build_abstract
 from sega_jax.models.flux import Flux, FluxConfig, KeysValues
 from sega_jax.sampling.denoise import Conditioning, predict

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from sega_jax import topologies
+from sega_jax.costs import topologies
 
 pytestmark = pytest.mark.aot
 TARGETS = {"v5e:2x4": 8, "v5p:2x2x1": 4, "v6e:2x2": 4, "tpu7x:2x2x1": 8, "h100:1": 1, "h200:8": 8, "h200:16": 16}

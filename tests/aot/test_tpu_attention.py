@@ -11,8 +11,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from sega_jax.attention.local import Request, tpu
-from sega_jax.layouts.windows import block_map
+from sega_jax.attention.kernels import Request, tpu
+from sega_jax.layouts.scale_dit import block_map
 
 pytestmark = pytest.mark.aot
 pytest.importorskip("libtpu", reason="libtpu is not installed (extra `tpu`)")

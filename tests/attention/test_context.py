@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from sega_jax.attention import attention
 from sega_jax.attention.context import Sharded, ring, ulysses
-from sega_jax.attention.local import kernels
+from sega_jax.attention.kernels import kernels
 
 RUN = kernels()["xla"].run
 TEXT, HEADS, WIDTH, BATCH = 5, 3, 8, 2

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sega_jax.attention.local import Request, choose, cpu, explain, toolchain
+from sega_jax.attention.kernels import Request, choose, explain
+from sega_jax.attention.kernels.cpu import cpu, toolchain
 from sega_jax.layouts.blocks import BlockMap, from_blocks, from_mask
 from tests.attention.test_kernels import (
     CPU_SHAPES,
@@ -192,7 +193,7 @@ def test_a_map_that_points_outside_is_refused_not_read(count, columns, kinds, wo
 
 _MEMORY = """
 import sys, jax, jax.numpy as jnp
-from sega_jax.attention.local import Request, cpu
+from sega_jax.attention.kernels import Request, cpu
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 x = jnp.ones((1, 4096, 24, 128), sys.argv[1])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sega_jax.attention.local import Request, choose, hopper
+from sega_jax.attention.kernels import Request, choose, hopper
 from sega_jax.layouts.blocks import from_mask
-from sega_jax.layouts.windows import block_map
+from sega_jax.layouts.scale_dit import block_map
 from tests.attention.test_kernels import Case, cases, check, compiled, oracle_gradients, over
 
 interpreted = pytest.mark.skipif(

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from sega_jax.attention import merge
-from sega_jax.attention.local import (
+from sega_jax.attention.kernels import (
     Kernel,
     Refusal,
     Request,
     choose,
     contract,
-    cpu,
     cudnn,
     explain,
     kernels,
@@ -27,10 +26,10 @@ from sega_jax.attention.local import (
     register,
     splash,
     tokamax,
-    toolchain,
     tpu,
     xla,
 )
+from sega_jax.attention.kernels.cpu import cpu, toolchain
 from sega_jax.layouts.blocks import from_blocks, from_mask
 
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}

@@ -7,10 +7,10 @@ import pytest
 
 from sega_jax.attention import attend
 from sega_jax.attention.context.route import choose_scheme, split_backend
-from sega_jax.attention.context.split import Split, pad_axis
 from sega_jax.layouts.blocks import from_mask
 from sega_jax.layouts.streams import Call, KeySet, Table, Tokens
 from sega_jax.sharding.mesh import make_mesh
+from sega_jax.sharding.split import Split, pad_axis
 
 TEXT, IMAGE, LOW, HEADS, WIDTH, BATCH = 5, 21, 6, 6, 8, 2
 RNG = np.random.default_rng(0)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sega_jax.attention.local import Request, tpu, xla
-from sega_jax.layouts.windows import block_map, units
+from sega_jax.attention.kernels import Request, tpu, xla
+from sega_jax.layouts.scale_dit import block_map, units
 
 SCALE = 0.125
 

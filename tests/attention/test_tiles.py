@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from sega_jax.attention import bench
-from sega_jax.attention.local import Request, kernels, reference, tiles, xla
-from sega_jax.attention.local.tiles import Entry
+from sega_jax.attention.kernels import Request, kernels, reference, tiles, xla
+from sega_jax.attention.kernels.tiles import Entry
 from sega_jax.cli import Bench
 from sega_jax.layouts.blocks import from_mask
 

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sega_jax import cli
-from sega_jax.hub import resolve
-from sega_jax.pipeline import Pipeline
+from sega_jax.pipeline.pipeline import Pipeline
+from sega_jax.weights.hub import resolve
 from tests.cli.helpers import PROMPT, QUICK
 
 load = cache(Pipeline.from_pretrained.__func__)  # one load for all tests

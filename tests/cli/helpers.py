@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sega_jax.pipeline import Pipeline
+from sega_jax.pipeline.pipeline import Pipeline
 
 QUICK = ("--size", "64", "--steps", "2")
 PROMPT = "a red circle"

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 import sega_jax as sj
 from sega_jax import cli
-from sega_jax.hub import resolve
-from sega_jax.images import read_metadata
+from sega_jax.media.images import read_metadata
+from sega_jax.weights.hub import resolve
 from tests.cli.helpers import PROMPT, QUICK, files, pixels
 
 

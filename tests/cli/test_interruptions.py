@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import sega_jax as sj
-from sega_jax.pipeline import Pipeline
+from sega_jax.pipeline.pipeline import Pipeline
 from tests.cli.helpers import PROMPT, QUICK, files
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sega_jax.cli import outputs
-from sega_jax.images import read_metadata
+from sega_jax.media.images import read_metadata
 from sega_jax.sampling.denoise import predict
 from tests.cli.helpers import PROMPT, QUICK, nothing_is_loaded, pixels
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sega_jax.hub import resolve
-from sega_jax.pipeline import Pipeline
+from sega_jax.pipeline.pipeline import Pipeline
+from sega_jax.weights.hub import resolve
 from tests.cli.helpers import PROMPT, QUICK, files, nothing_is_loaded, refused
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import sega_jax as sj
-from sega_jax.attention.local import toolchain
+from sega_jax.attention.kernels.cpu import toolchain
 from tests.cli.helpers import PROMPT, files, nothing_is_loaded, refused
 
 
@@ -62,7 +62,7 @@ def test_doctor(run, monkeypatch):
     assert findings["hub"]["value"]["offline"]
     assert all(finding["state"] != "broken" for finding in findings.values())
 
-    monkeypatch.setattr("sega_jax.hub.resolve", lambda _model: Path("nowhere"))
+    monkeypatch.setattr("sega_jax.weights.hub.resolve", lambda _model: Path("nowhere"))
     code, out, _ = run("doctor")
     assert code == 1
     assert "! demo model" in out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sega_jax as sj
-from sega_jax.evaluation import contest, regions
+from sega_jax.evaluation import contest, crpa
 from sega_jax.evaluation.contest import Case
 
 
@@ -60,11 +60,11 @@ def test_energies_at_the_boundary():
     smooth = rng.integers(0, 255, (2, 64, 64, 3))
     levels = np.ones((1, 8, 8), np.int8)
     levels[:, 2:6, 2:6] = 0
-    even = regions.boundary_energies(smooth, levels)
+    even = crpa.boundary_energies(smooth, levels)
     assert contest.pooled(even) == pytest.approx(1, abs=0.15)
     stepped = smooth.astype(float)
     stepped[:, 16:48, 16:48] += 200
-    uneven = regions.boundary_energies(stepped, levels)
+    uneven = crpa.boundary_energies(stepped, levels)
     np.testing.assert_allclose(uneven[:, 1], even[:, 1])
     assert contest.pooled(uneven) > 3
 
@@ -75,7 +75,7 @@ def test_errors_as_a_table():
         for name, errors in (("crpa", (0.1, 0.2)), ("pi-lr", (0.3, 0.4)))
         for level, e in enumerate(errors)
     ]
-    assert regions.summarize(rows).splitlines()[2:] == [
+    assert crpa.summarize(rows).splitlines()[2:] == [
         "| 384 | `none` | 30% | crpa | 0.1000 | 0.2000 | 64 |",
         "| 384 | `none` | 30% | pi-lr | 0.3000 | 0.4000 | 64 |",
     ]
@@ -84,12 +84,12 @@ def test_errors_as_a_table():
 def test_seams_of_one_step():
     """Spliced is the single-resolution models themselves; exchange brings a mixed step nearer to them."""
     pipe = sj.Pipeline.from_pretrained("nano")
-    rows = regions.seams_of_estimates(pipe, 192, share=0.3, sigmas=(0.3,), pictures=2, batch=2)
+    rows = crpa.seams_of_estimates(pipe, 192, share=0.3, sigmas=(0.3,), pictures=2, batch=2)
     by_case = {row["case"]: row for row in rows}
     assert list(by_case) == ["exchange", "no exchange", "spliced"]
     assert by_case["spliced"]["inside"] == by_case["spliced"]["outside"] == 0
     for side in ("inside", "outside"):
         assert 0 < by_case["exchange"][side] < by_case["no exchange"][side]
     shared = {"side": 192, "share": 0.3, "pictures": 2}
-    line = regions.summarize_seams([{**shared, **rows[2]}]).splitlines()[2]
+    line = crpa.summarize_seams([{**shared, **rows[2]}]).splitlines()[2]
     assert line == f"| 192 | 30% | 0.3 | spliced | {rows[2]['seam']:.2f} | 0.0000 | 0.0000 | 2 |"

@@ -8,7 +8,7 @@ from sega_jax.evaluation import kappa
 from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.streams import bind
 from sega_jax.models.flux import pack
-from sega_jax.pipeline import Pipeline
+from sega_jax.pipeline.pipeline import Pipeline
 from sega_jax.positional.rope import plain
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sega_jax.layouts.blocks import from_mask, halved
-from sega_jax.layouts.windows import block_map
+from sega_jax.layouts.scale_dit import block_map
 
 
 def drawn(rng, queries, keys, unit_q, unit_k, kinds=2):

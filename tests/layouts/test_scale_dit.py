@@ -8,8 +8,8 @@ import pytest
 
 from sega_jax.attention import attend
 from sega_jax.geometry import RopeSpec
+from sega_jax.layouts.scale_dit import ScaleDiT, _exact, _units, block_map, places, units
 from sega_jax.layouts.streams import bind
-from sega_jax.layouts.windows import ScaleDiT, _exact, _units, block_map, places, units
 from sega_jax.positional.rope import plain
 
 FLUX = RopeSpec()

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from sega_jax.layouts.windows import block_map, units
+from sega_jax.layouts.scale_dit import block_map, units
 
 TEXT = 512
 

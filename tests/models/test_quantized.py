@@ -15,18 +15,18 @@ from converters.keymap import Slot
 from converters.lora.dialects import express
 from converters.lora.factors import Factors, Lora
 from sega_jax import positional as pe
-from sega_jax.families import load_parts
-from sega_jax.hub import resolve
+from sega_jax.families.flux import load_parts
 from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.streams import Stream, bind
 from sega_jax.models import adapters as lowrank
 from sega_jax.models.abstract import axes, build_abstract, initialize, parameters
 from sega_jax.models.flux import Flux, FluxConfig
 from sega_jax.models.layers import Linear
-from sega_jax.models.lora import lora_specs
 from sega_jax.models.quantized import check_weights, quantize, quantized
 from sega_jax.positional.rope import plain
 from sega_jax.sampling.denoise import Conditioning, predict
+from sega_jax.weights.hub import resolve
+from sega_jax.weights.loras import lora_specs
 
 TINY = FluxConfig(8, 2, 2, 2, 16, 12, 10, True, (4, 6, 6))
 BLOCKS = ("double.", "single.")

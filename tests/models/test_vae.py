@@ -13,7 +13,6 @@ from converters.errors import CheckpointError
 from converters.keymap import expand
 from converters.keymaps import vae as keymap
 from converters.reading.sources import ArraySource
-from sega_jax.checkpoint import load
 from sega_jax.models.abstract import axes, build_abstract, count, parameters
 from sega_jax.models.vae import (
     SpatialAttention,
@@ -23,6 +22,7 @@ from sega_jax.models.vae import (
     normalize,
     sample_posterior,
 )
+from sega_jax.weights.load import load
 
 TINY = VaeConfig(
     latent_channels=4,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sega_jax.sampling.regions import step_flops
-from sega_jax.skeleton import skeleton
+from sega_jax.families.skeleton import skeleton
+from sega_jax.sampling.crpa import step_flops
 
 pytestmark = pytest.mark.parity
 pytest.importorskip("diffusers")

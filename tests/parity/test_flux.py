@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from converters.keymap import expand
 from converters.keymaps import flux as keymap
 from converters.reading.sources import ArraySource
-from sega_jax import checkpoint
 from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.streams import bind
 from sega_jax.models.flux import Flux, FluxConfig, pack, unpack
 from sega_jax.positional.rope import plain
+from sega_jax.weights import load
 
 pytestmark = pytest.mark.parity
 
@@ -53,9 +53,7 @@ def test_transformer_matches_diffusers(guidance_embeds, batch, height, width, te
     theirs = random_torch(config)
     source = ArraySource({k: v.numpy() for k, v in theirs.state_dict().items()})
     ours_config = FluxConfig.from_dict(dict(theirs.config))
-    ours = checkpoint.load(
-        lambda rngs: Flux(ours_config, rngs=rngs), keymap.DIFFUSERS, keymap.dims(theirs.config), source
-    )
+    ours = load.load(lambda rngs: Flux(ours_config, rngs=rngs), keymap.DIFFUSERS, keymap.dims(theirs.config), source)
 
     rng = np.random.default_rng(1)
     tokens = rng.standard_normal((batch, height * width, 16), np.float32)

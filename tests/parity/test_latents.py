@@ -9,7 +9,7 @@ diffusers = pytest.importorskip("diffusers")
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from sega_jax.latents import load_latents, save_latents
+from sega_jax.media.latents import load_latents, save_latents
 
 
 def test_torch_reads_ours(tmp_path):

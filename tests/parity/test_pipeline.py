@@ -9,8 +9,8 @@ diffusers = pytest.importorskip("diffusers")
 import jax.numpy as jnp
 
 import sega_jax as sj
-from sega_jax.hub import resolve
 from sega_jax.models.flux import pack
+from sega_jax.weights.hub import resolve
 
 pytestmark = pytest.mark.parity
 

@@ -9,10 +9,10 @@ from converters.keymap import canonical, expand
 from converters.keymaps import clip as clip_map
 from converters.keymaps import t5 as t5_map
 from converters.reading.sources import ArraySource, NamedSource, renamed
-from sega_jax.checkpoint import load
 from sega_jax.models.abstract import build_abstract, parameters
 from sega_jax.models.clip import ClipConfig, ClipTextEncoder
 from sega_jax.models.t5 import T5Config, T5Encoder, relative_buckets
+from sega_jax.weights.load import load
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

@@ -18,9 +18,9 @@ from converters.cover import check_cover
 from converters.keymap import expand
 from converters.keymaps import vae as keymap
 from converters.reading.sources import ArraySource
-from sega_jax.checkpoint import load
 from sega_jax.models.abstract import build_abstract, parameters
 from sega_jax.models.vae import Vae, VaeConfig
+from sega_jax.weights.load import load
 
 BOUND = 1e-4
 

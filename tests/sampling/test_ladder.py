@@ -10,18 +10,18 @@ import pytest
 from flax import nnx
 
 import sega_jax as sj
-from sega_jax import ladders
+from sega_jax.costs.visits import attention_flops
+from sega_jax.evaluation.multidiffusion import MultiDiffusion, multidiffusion, window_starts
 from sega_jax.geometry import RopeSpec
-from sega_jax.layouts.count import attention_flops
 from sega_jax.layouts.dense import Dense
-from sega_jax.layouts.neighborhood import Neighborhood
+from sega_jax.layouts.scalediff import Neighborhood
 from sega_jax.layouts.streams import draw
 from sega_jax.models.flux import Flux, FluxConfig
 from sega_jax.positional import none
 from sega_jax.sampling import latent_ops as ops
+from sega_jax.sampling import rungs as ladders
 from sega_jax.sampling.denoise import Conditioning, Velocity, predict
 from sega_jax.sampling.ladder import Codec, Ladder, Level
-from sega_jax.sampling.multidiffusion import MultiDiffusion, multidiffusion, window_starts
 from sega_jax.sampling.sampler import Noise, Sampler
 from sega_jax.sampling.schedule import Schedule
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sega_jax.attention.context.sharded import Run, Sharded, valid_tokens
-from sega_jax.attention.local.contract import Request
+from sega_jax.attention.kernels.contract import Request
 from sega_jax.attention.merge import merge
 
 

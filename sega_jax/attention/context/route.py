@@ -25,12 +25,12 @@ from jax.sharding import PartitionSpec as P
 
 from sega_jax.attention.context.ring import ring
 from sega_jax.attention.context.sharded import Sharded, split_heads
-from sega_jax.attention.context.split import Split, pad_axis
 from sega_jax.attention.context.ulysses import ulysses
-from sega_jax.attention.local.contract import Request, choose
+from sega_jax.attention.kernels.contract import Request, choose
 from sega_jax.layouts.streams import Call, Table, Tokens
 from sega_jax.positional.rope import rotate
 from sega_jax.sharding.mesh import CONTEXT, DATA, TENSOR
+from sega_jax.sharding.split import Split, pad_axis
 
 SCHEMES = ("ulysses", "ring", "product")
 PADDING = 1 / 8  # share of padded heads up to which Ulysses is preferred

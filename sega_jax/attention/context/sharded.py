@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sega_jax.attention.local.contract import Request
+from sega_jax.attention.kernels.contract import Request
 
 Run = Callable[[Request], tuple[jax.Array, jax.Array]]
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sega_jax.attention.context.sharded import Run, Sharded, split_heads
-from sega_jax.attention.local.contract import Request
+from sega_jax.attention.kernels.contract import Request
 
 
 def ulysses(

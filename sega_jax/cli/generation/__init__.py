@@ -1,0 +1,1 @@
+"""``sega-jax generate`` from its requests to the files."""

@@ -1,0 +1,264 @@
+"""Requests: what one line of a prompts file, or the command line itself, asks for."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sega_jax.cli.outputs import check_pattern
+
+# The types a value may have in a JSON row; the order of the fields is the order of the documentation.
+ROW_SCHEMA: dict[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "negative_prompt": (str,),
+    "size": (int, str),
+    "positional": (str,),
+    "layout": (str,),
+    "regions": (str,),
+    "steps": (int,),
+    "guidance": (int, float),
+    "true_guidance": (int, float),
+    "seed": (int,),
+    "num_images": (int,),
+    "mu": (str, int, float),
+    "init_image": (str,),
+    "strength": (int, float),
+    "ladder": (str,),
+    "init_latents": (str,),
+    "embeddings": (str,),
+    "vae": (str,),
+    "out": (str,),
+    "save_latents": (str,),
+}
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """A row of a file of arrays.
+
+    Attributes:
+        file: path as it was given.
+        row: which row; None: all of them, one per picture.
+        sha256: what the file's content must be, if that is known.
+    """
+
+    file: str
+    row: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Pictures of one prompt, checked as far as that is possible without knowing the model.
+
+    Attributes:
+        where: prefix of complaints: file and line, or nothing.
+        row: number of the row, from 0.
+        size: (width, height) in pixels, or None for the trained size.
+        indices: image indices to make.
+        strength: of an image-to-image run, None for its default.
+        Other fields as in `Pipeline.generate`, None where the recipe decides.
+    """
+
+    where: str
+    row: int
+    prompt: str
+    indices: tuple[int, ...]
+    negative_prompt: str | None = None
+    size: tuple[int, int] | None = None
+    positional: str = "auto"
+    layout: str = "dense"
+    regions: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    true_guidance: float | None = None
+    seed: int = 0
+    mu: Any = None
+    strength: float | None = None
+    ladder: str | None = None
+    init_image: FileRow | None = None
+    init_latents: FileRow | None = None
+    embeddings: FileRow | None = None
+    vae: str = "auto"
+    out: str = "out.png"
+    save_latents: str | None = None
+
+
+def parse_size(value: str | int) -> tuple[int, int]:
+    """(width, height) of ``2048`` or ``2048x1024``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+)(?:\s*[x×]\s*(\d+))?\s*", str(value), re.ASCII)
+    if not match or not int(match[1]) or (match[2] is not None and not int(match[2])):
+        raise ValueError(f"size={value!r}: expected a side in pixels such as 2048, or WIDTHxHEIGHT such as 2048x1024")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def parse_mu(value: str | float) -> str | float:
+    """``native``, ``clamp`` or a finite number.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if value in ("native", "clamp"):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"mu={value!r}: expected native, clamp or a finite number")
+    return number
+
+
+def read_rows(path: Path) -> list[tuple[int, dict]]:
+    """Line numbers (from 1) and objects of a JSON-lines file; empty lines are skipped.
+
+    Raises:
+        ValueError: for a line that is no JSON object, an unknown key, or a value of the wrong type.
+        OSError: if it cannot be read.
+    """
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); expected one JSON object per line") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not valid JSON ({error}); expected one object per line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f'{where}: expected an object such as {{"prompt": "…"}}, got {type(row).__name__}')
+        unknown = sorted(set(row) - set(ROW_SCHEMA))
+        if unknown:
+            raise ValueError(f"{where}: unknown keys {', '.join(unknown)}; known: {', '.join(ROW_SCHEMA)}")
+        for name, value in row.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, ROW_SCHEMA[name])):
+                expected = " or ".join("number" if t is float else t.__name__ for t in ROW_SCHEMA[name])
+                raise ValueError(f"{where}: {name}={value!r}: expected {expected}")
+        rows.append((number, {name: value for name, value in row.items() if value is not None}))
+    if not rows:
+        raise ValueError(f"{path}: no rows; expected one JSON object per line")
+    return rows
+
+
+def build(
+    values: Mapping[str, Any], *, where: str = "", row: int = 0, indices: tuple[int, ...] | None = None
+) -> Request:
+    """A request from fields of `ROW_SCHEMA`, checked.
+
+    Args:
+        values: field -> value; unset ones are left out.
+        where: prefix of complaints.
+        row: number of the row.
+        indices: image indices instead of ``range(num_images)``.
+
+    Raises:
+        ValueError: for the first field that no model could serve.
+    """
+    try:
+        return _build(dict(values), where, row, indices)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _build(values: dict[str, Any], where: str, row: int, indices: tuple[int, ...] | None) -> Request:
+    count = values.pop("num_images", 1)
+    if count < 1:
+        raise ValueError(f"num_images={count}: expected a positive whole number")
+    if "size" in values:
+        values["size"] = parse_size(values["size"])
+    if "mu" in values:
+        values["mu"] = parse_mu(values["mu"])
+    for name in ("init_image", "init_latents", "embeddings"):
+        if isinstance(values.get(name), str):
+            values[name] = FileRow(values[name])
+    if "prompt" not in values:
+        if "embeddings" not in values:
+            raise ValueError("no prompt; give one, or --embeddings")
+        values["prompt"] = ""
+    request = Request(where, row, indices=tuple(range(count)) if indices is None else indices, **values)
+    check(request)
+    return request
+
+
+def check(request: Request) -> None:
+    """Whatever can be known to be wrong before a model is looked at.
+
+    Raises:
+        ValueError, TypeError: for the first such field.
+    """
+    from sega_jax import positional as pe
+    from sega_jax.layouts.regions import parse_regions
+    from sega_jax.sampling import rungs
+    from sega_jax.sampling.registry import get_layout
+
+    if request.steps is not None and request.steps < 1:
+        raise ValueError(f"steps={request.steps}: expected a positive whole number")
+    if not 0 <= request.seed < 2**32:
+        raise ValueError(f"seed={request.seed}: expected a whole number from 0 to {2**32 - 1}")
+    for name in ("guidance", "true_guidance"):
+        value = getattr(request, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value}: expected a finite number of at least 0")
+    if request.strength is not None:
+        if request.init_image is None:
+            raise ValueError(f"strength={request.strength}: only with an init_image")
+        if not 0 < request.strength <= 1:
+            raise ValueError(f"strength={request.strength}: expected a number above 0 and at most 1")
+    if request.init_image is not None and request.init_latents is not None:
+        raise ValueError("init_image and init_latents are both given; a run starts from one of them")
+    if request.vae not in ("auto", "plain", "exact", "tiled"):
+        raise ValueError(f"vae={request.vae!r}: expected auto, plain, exact or tiled")
+    if request.positional != "auto":
+        pe.get(request.positional)
+    get_layout(request.layout)
+    if request.regions is not None:
+        parse_regions(request.regions)
+    if request.ladder is not None:
+        rungs.parse(request.ladder)
+    check_pattern(request.out, (".png", ".jpg", ".jpeg", ".webp"), "out")
+    if request.save_latents is not None:
+        check_pattern(request.save_latents, (".safetensors",), "save_latents")
+    for name in ("init_image", "init_latents", "embeddings"):
+        file = getattr(request, name)
+        if file is not None and not Path(file.file).expanduser().is_file():
+            raise ValueError(f"{name}={file.file!r}: no such file")
+
+
+# What a picture's metadata must say for it to be repeated.
+NEEDED = (
+    "prompt", "negative_prompt", "width", "height", "steps", "guidance", "true_guidance", "seed", "image_index",
+    "positional", "layout", "mu", "strength", "dtype", "backend", "model", "revision", "transformer", "init_image",
+    "init_latents", "embeddings", "vae", "batch_size",
+)  # fmt: skip
+# Fields that two equal requests may differ in: they change a picture by rounding at most.
+INCIDENTAL = ("sega_jax", "jax", "device", "mesh", "batch_size")
+
+
+def from_record(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of a request that repeats the picture with this record; ``where`` names the file.
+
+    Raises:
+        ValueError: the record lacks something.
+    """
+    missing = [name for name in NEEDED if name not in record]
+    if missing:
+        raise ValueError(f"{where}: its record lacks {', '.join(missing)}, so the picture cannot be repeated exactly")
+    values = {field.name: record[field.name] for field in fields(Request) if field.name in record}
+    values["size"] = f"{record['width']}x{record['height']}"
+    for name in ("init_image", "init_latents", "embeddings"):
+        if isinstance(record[name], Mapping):
+            values[name] = FileRow(**record[name])
+    return {name: value for name, value in values.items() if value is not None}

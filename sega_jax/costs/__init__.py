@@ -1,0 +1,1 @@
+"""What a picture takes: memory, operations and time, on hardware that need not be here."""

@@ -1,0 +1,262 @@
+"""What a picture needs, from closed forms: memory and traffic of a device, without compiling anything.
+
+`sega-jax plan` prints these beside what the compiler says, `generate` asks them before it loads a model, and the mesh
+is chosen by them.  Per device of a mesh of d x c x t devices (data, context, tensor), for N image tokens, T text
+tokens, width W, B rows and b bytes per number:
+
+* parameters: every dimension divided as `sharding.rules` divides it;
+* a step's temporaries: `STEP_COPIES` arrays of ``B/d (N/c + T) W`` numbers, the widest moment of a block, and, where
+  weights are sharded, those of two double blocks, one at work and one arriving;
+* traffic of a step: weights gathered over d c devices, ``(dc - 1) / dc`` of all of them; Ulysses over u devices, per
+  block ``4 (u - 1) / u`` of a ``B/d N/c W/t`` array; a ring over r devices, per block two of those (times ``u / c`` of
+  its tokens) r times; tensor sharding, ``2 (t - 1) / t`` of a ``B/d (N/c + T) W`` array per product that sums over it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sega_jax.families.flux import Component, Parts, build_flux
+from sega_jax.families.skeleton import abstract_component
+from sega_jax.models.quantized import available
+
+STEP_COPIES = 12  # 11.3 compiled for one H200 with our kernel at 6144 x 6144
+DECODE_COPIES = 4  # arrays of the widest resolution in a decode
+STRIP_DECODE_BYTES = 3 * 2**30
+MORE = (2, 4, 8, 16, 32, 64)  # devices that `remedies` tries
+SINGLE = {"data": 1, "context": 1, "tensor": 1}
+
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """As much of a mesh as the rules need."""
+
+    shape: Sizes
+
+
+def parameter_bytes(component: Component, sizes: Sizes = SINGLE) -> int:
+    """Bytes of a component's parameters on one device of a mesh of ``sizes``."""
+    from sega_jax.sharding.rules import spec
+
+    total = 0
+    for _, param in nnx.to_flat_state(component.params):
+        parts = spec(param.get_metadata()["out_sharding"], param.shape, _Shape(sizes))
+        shares = math.prod(
+            sizes[axis] for part in parts if part for axis in ([part] if isinstance(part, str) else part)
+        )
+        total += math.prod(param.shape) * param.dtype.itemsize // shares
+    return total
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one device.
+
+    Attributes:
+        transformer, encoders, vae: parameters.
+        step, encode, decode: temporaries, inputs and outputs of each stage.
+        sent: by one denoising step to other devices.
+        decode_how: ``"plain"``, ``"sharded"`` or ``"strips"``.
+    """
+
+    transformer: int
+    encoders: int
+    vae: int
+    encode: int
+    step: int
+    decode: int
+    sent: int
+    decode_how: str
+
+    @property
+    def resident(self) -> int:
+        """All parameters."""
+        return self.transformer + self.encoders + self.vae
+
+    def peak(self, residency: str = "all") -> int:
+        """Most bytes at once: with all parameters there, or (``"offload"``) those of one stage at a time."""
+        stages = (self.encoders, self.encode), (self.transformer, self.step), (self.vae, self.decode)
+        if residency == "all":
+            return self.resident + max(work for _, work in stages)
+        return max(parameters + work for parameters, work in stages)
+
+
+def estimate(
+    parts: Parts, height: int, width: int, *, rows: int = 1, sizes: Sizes = SINGLE, scheme: str = "auto"
+) -> Estimate:
+    """Closed forms for a picture of ``height`` x ``width`` pixels, ``rows`` of them per model call.
+
+    Args:
+        parts: of the model; abstract ones will do.
+        rows: twice the batch with true guidance.
+        sizes: devices along each mesh axis.
+        scheme: context scheme of `attention.context.route`.
+    """
+    config = parts.transformer_config
+    side = parts.rope.pixels_per_token
+    image, text = (height // side) * (width // side), parts.text_tokens
+    data, context, tensor = (sizes[name] for name in ("data", "context", "tensor"))
+    devices = data * context * tensor
+    mine = -(-rows // data)
+    params = parts.transformer.params
+    number = jnp.dtype(params["image_embed"]["kernel"].dtype).itemsize
+    stored = jnp.dtype(params["double"]["image"]["mlp_in"]["kernel"].dtype).itemsize  # less than `number` in int8
+    tokens = -(-image // context) + text
+    array = mine * tokens * config.width * number
+    whole = parameter_bytes(parts.transformer)
+    block = 36 * config.width**2 * stored // tensor  # of a double block: two sets of 18 width^2
+    step = STEP_COPIES * array + (2 * block if devices > 1 else 0)
+
+    sent = traffic(config, image, text, rows=rows, sizes=sizes, number=number, weights=whole,
+                   scheme=scheme)  # fmt: skip
+    how, decode = decode_bytes(parts, height, width, devices)
+    t5 = parameter_bytes(parts.t5)
+    return Estimate(
+        transformer=parameter_bytes(parts.transformer, sizes),
+        encoders=parameter_bytes(parts.t5, sizes) + parameter_bytes(parts.clip, sizes),
+        vae=parameter_bytes(parts.vae, sizes),
+        encode=mine * text * config.text_dim * 16 * number + (t5 // 12 if devices > 1 else 0),
+        step=step,
+        decode=decode,
+        sent=sum(sent.values()),
+        decode_how=how,
+    )
+
+
+def traffic(
+    config: Any,
+    image: int,
+    text: int,
+    *,
+    rows: int,
+    sizes: Sizes,
+    number: int,
+    weights: int,
+    scheme: str = "auto",
+) -> dict[str, int]:
+    """Bytes out of one device in one step, by purpose: ``weights``, ``context``, ``tensor`` (closed forms above)."""
+    from sega_jax.attention.context.route import choose_scheme
+
+    data, context, tensor = (sizes[name] for name in ("data", "context", "tensor"))
+    mine, blocks = -(-rows // data), config.double_layers + config.single_layers
+    gathered = data * context
+    own = mine * -(-image // context) * config.width // tensor * number
+    along = 0
+    if context > 1:
+        heads = config.heads // tensor
+        _, degree = choose_scheme(heads, context, joint=True, scheme=scheme)
+        padded = -(-heads // degree) * degree / heads
+        around = context // degree
+        along = 4 * (degree - 1) / degree * own * padded
+        along += 2 * own * padded * around if around > 1 else 0
+    local = mine * (-(-image // context) + text) * config.width * number
+    sums = 2 * config.double_layers + config.single_layers
+    return {
+        "weights": round(weights / tensor * (gathered - 1) / gathered),
+        "context": round(blocks * along),
+        "tensor": round(sums * 2 * (tensor - 1) / tensor * local),
+    }
+
+
+def decode_bytes(parts: Parts, height: int, width: int, devices: int = 1) -> tuple[str, int]:
+    """How pictures of this size are decoded, and what that takes on one device beside the parameters."""
+    from sega_jax.decoding.decode import PLAIN_DECODE_BYTES
+
+    config = parts.vae_config
+    widest = config.block_out_channels[min(1, len(config.block_out_channels) - 1)]
+    number = jax.tree.leaves(parts.vae.params)[0].dtype.itemsize
+    field = height * width * widest * number
+    if devices > 1:
+        tokens = (height // config.factor) * (width // config.factor)
+        return "sharded", DECODE_COPIES * field // devices + 2 * tokens * config.block_out_channels[-1] * number
+    if 3 * field > PLAIN_DECODE_BYTES:
+        return "strips", STRIP_DECODE_BYTES
+    return "plain", DECODE_COPIES * field
+
+
+def candidates(devices: int, rows: int, heads: int) -> list[dict[str, int]]:
+    """Meshes of all ``devices`` that this many rows and heads can use."""
+    found = []
+    for data in range(1, devices + 1):
+        for tensor in range(1, devices // data + 1):
+            if devices % (data * tensor) or rows % data or heads % tensor:
+                continue
+            found.append({"data": data, "context": devices // data // tensor, "tensor": tensor})
+    return found
+
+
+def choose(
+    parts: Parts, height: int, width: int, devices: int, *, batch: int = 1, rows: int = 1, memory: int | None = None,
+    joint: bool = True, residency: str = "all",
+) -> tuple[dict[str, int], Estimate]:  # fmt: skip
+    """The mesh of all ``devices`` that fits into ``memory`` bytes each with the least traffic, and its estimate.
+
+    Where none fits, the one that needs least memory.
+
+    Args:
+        batch: pictures per model call, which the data axis divides; ``rows``: of the model, as of `estimate`.
+        joint: whether the layout is dense; others are served by Ulysses alone, on at most as many devices as heads.
+        residency: ``"all"`` parameters at once on the devices, or (``"offload"``) those of one stage.
+    """
+    heads = parts.transformer_config.heads
+    known = []
+    for sizes in candidates(devices, batch, heads):
+        if not joint and sizes["context"] > heads // sizes["tensor"]:
+            continue
+        found = estimate(parts, height, width, rows=rows, sizes=sizes)
+        over = 0 if memory is None else max(0, found.peak(residency) - memory)
+        known.append((over, found.sent, -sizes["data"], -sizes["context"], sizes, found))
+    if not known:
+        raise ValueError(f"no mesh of {devices} devices can serve {heads} heads; use a divisor of the devices")
+    best = min(known, key=lambda one: one[:4])
+    return best[4], best[5]
+
+
+def remedies(
+    parts: Parts, height: int, width: int, devices: int, memory: int, *, batch: int, rows: int, kind: str,
+    residency: str = "all",
+) -> list[str]:  # fmt: skip
+    """What would fit where this does not, by the same closed forms: options of `generate`, more devices, a size.
+
+    Args:
+        devices, memory: how many there are, with how many bytes each, called ``kind``.
+        batch, rows, residency: as of `choose`.
+    """
+    each = rows // batch
+
+    def fits(count: int = devices, size: tuple[int, int] = (height, width), pictures: int = batch,
+             where: str = residency, what: Parts = parts) -> bool:  # fmt: skip
+        options = {"batch": pictures, "rows": each * pictures, "memory": memory, "residency": where}
+        return choose(what, *size, count, **options)[1].peak(where) <= memory
+
+    said = []
+    if batch > 1 and fits(pictures=1):
+        said.append("--batch-size 1")
+    if residency == "all" and fits(where="offload"):
+        said.append("--residency offload")
+    kernel = parts.transformer.params["double"]["image"]["mlp_in"]["kernel"]
+    if kernel.dtype != jnp.int8 and available():
+        component = abstract_component(build_flux(parts.transformer_config, "int8"), kernel.dtype)
+        small = replace(parts, transformer=component)
+        held = next((where for where in dict.fromkeys((residency, "offload")) if fits(where=where, what=small)), None)
+        if held is not None:
+            said.append("--weights int8" + (f" --residency {held}" if held != residency else ""))
+    more = next((count for count in MORE if count > devices and fits(count)), None)
+    if more is not None:
+        said.append(f"{more} x {kind}")
+    step = 16 * parts.rope.pixels_per_token
+    for share in range(95, 5, -5):
+        size = tuple(side * share // 100 // step * step for side in (height, width))
+        if min(size) >= step and fits(size=size):
+            said.append(f"--size {size[1]}x{size[0]}")
+            break
+    return said

@@ -1,0 +1,1 @@
+"""Model families: what is a family's own, as data and small functions."""

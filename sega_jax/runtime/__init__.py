@@ -1,0 +1,1 @@
+"""The machine: caches, and what a measurement was made with."""

@@ -1,0 +1,1 @@
+"""Weights: found on disk or on the hub, read, and changed by LoRAs."""
