@@ -22,13 +22,13 @@ import numpy as np
 from sega_jax.evaluation import compare, metrics
 from sega_jax.evaluation.crpa import boundary_energies
 from sega_jax.evaluation.multidiffusion import multidiffusion
-from sega_jax.layouts.regions import get_regions
 from sega_jax.media.images import to_uint8
 from sega_jax.nano import accuracy
 from sega_jax.nano.grammar import Scene
 from sega_jax.pipeline.pipeline import Pipeline
 from sega_jax.runtime.provenance import provenance
 from sega_jax.sampling.crpa import levels_map, step_flops
+from sega_jax.sampling.regions import get_regions
 from sega_jax.sampling.registry import get_layout
 from sega_jax.sampling.resume import digest
 from sega_jax.sampling.sampler import Noise

@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 
 from sega_jax.layouts.crpa import arrange, core, level_name, up
-from sega_jax.layouts.regions import parse_regions
 from sega_jax.models.abstract import initialize
 from sega_jax.models.flux import Flux
 from sega_jax.nano import accuracy, render
@@ -28,6 +27,7 @@ from sega_jax.sampling.crpa import (
     noises,
     step_flops,
 )
+from sega_jax.sampling.regions import parse_regions
 from sega_jax.sampling.registry import get_layout
 
 # Without bands for velocities: there every token is compared.

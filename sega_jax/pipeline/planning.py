@@ -13,12 +13,12 @@ from sega_jax import positional as pe
 from sega_jax.families.flux import Outline
 from sega_jax.families.recipes import guided_recipe, recipe
 from sega_jax.geometry import Grid
-from sega_jax.layouts.regions import Regions, get_regions
 from sega_jax.layouts.scalediff import Neighborhood
 from sega_jax.layouts.streams import Layout
 from sega_jax.sampling import rungs as ladders
 from sega_jax.sampling import scale_dit
 from sega_jax.sampling.crpa import Crpa, Estimate, estimate, levels_map, stages_of
+from sega_jax.sampling.regions import Regions, get_regions
 from sega_jax.sampling.registry import get_layout
 from sega_jax.sampling.schedule import MuPolicy, collapse_warning, start_index
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from sega_jax import positional as pe
 from sega_jax.decoding.decode import VaeMode
-from sega_jax.layouts.regions import get_regions
 from sega_jax.layouts.streams import Layout
 from sega_jax.models.vae import normalize
 from sega_jax.pipeline.planning import Plan
 from sega_jax.sampling import rungs
 from sega_jax.sampling.crpa import CoarseMixedFine, Crpa
 from sega_jax.sampling.ladder import Codec, Ladder, Level
+from sega_jax.sampling.regions import get_regions
 from sega_jax.sampling.registry import get_layout
 from sega_jax.sampling.sampler import Euler, Sampler
 from sega_jax.sampling.scale_dit import Guided, TwoStage, enlarge, sharpen

@@ -20,9 +20,9 @@ from flax import nnx
 
 from sega_jax.geometry import Grid
 from sega_jax.layouts.crpa import Arrangement, Mixed, Positions, arrange, core, level_name, up
-from sega_jax.layouts.regions import Regions
 from sega_jax.models.flux import FluxConfig
 from sega_jax.sampling.denoise import Conditioning, Velocity, euler
+from sega_jax.sampling.regions import Regions
 from sega_jax.sampling.sampler import Noise, Stage, State
 
 Canvases = dict[str, jax.Array]

@@ -9,7 +9,9 @@ from sega_jax.attention import attend
 from sega_jax.geometry import RopeSpec
 from sega_jax.layouts.crpa import Mixed, arrange, band_counts, core, present, up
 from sega_jax.layouts.dense import Dense
-from sega_jax.layouts.regions import (
+from sega_jax.layouts.streams import bind
+from sega_jax.positional.rope import Rope, plain
+from sega_jax.sampling.regions import (
     Auto,
     Drawn,
     Regions,
@@ -20,8 +22,6 @@ from sega_jax.layouts.regions import (
     overlay,
     parse_regions,
 )
-from sega_jax.layouts.streams import bind
-from sega_jax.positional.rope import Rope, plain
 
 SPEC = RopeSpec(dims=(4, 6, 6), theta=100.0, trained=(8, 8), pixels_per_token=16)
 HEADS, WIDTH = 2, 16

@@ -14,7 +14,6 @@ from sega_jax import positional as pe
 from sega_jax.geometry import RopeSpec
 from sega_jax.layouts.crpa import arrange, core, level_name, present, up
 from sega_jax.layouts.dense import Dense
-from sega_jax.layouts.regions import parse_regions
 from sega_jax.models.abstract import initialize
 from sega_jax.models.flux import Flux, FluxConfig
 from sega_jax.sampling.crpa import (
@@ -33,6 +32,7 @@ from sega_jax.sampling.crpa import (
     step_flops,
 )
 from sega_jax.sampling.denoise import Conditioning, Velocity, predict
+from sega_jax.sampling.regions import parse_regions
 from sega_jax.sampling.registry import get_layout
 from sega_jax.sampling.sampler import Noise, Sampler
 from sega_jax.sharding import mesh as M

@@ -16,11 +16,11 @@ from sega_jax.cli import outputs
 from sega_jax.cli.console import Phase, progress_bar, say
 from sega_jax.cli.generation import jobs as J
 from sega_jax.cli.generation.jobs import Batch, Job, State
-from sega_jax.layouts.regions import get_regions, overlay
 from sega_jax.media.images import Image
 from sega_jax.media.latents import load_latents, save_latents
 from sega_jax.pipeline.pipeline import Pipeline, Progress
 from sega_jax.pipeline.planning import regions_map
+from sega_jax.sampling.regions import get_regions, overlay
 from sega_jax.sampling.resume import Checkpoint, stop_on_sigterm
 
 CACHED_PROMPTS = 64

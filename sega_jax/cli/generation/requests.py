@@ -200,8 +200,8 @@ def check(request: Request) -> None:
         ValueError, TypeError: for the first such field.
     """
     from sega_jax import positional as pe
-    from sega_jax.layouts.regions import parse_regions
     from sega_jax.sampling import rungs
+    from sega_jax.sampling.regions import parse_regions
     from sega_jax.sampling.registry import get_layout
 
     if request.steps is not None and request.steps < 1:
