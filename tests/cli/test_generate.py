@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-import sega_jax as sj
 from sega_jax import cli
+from sega_jax.media.images import Image as Picture
 from sega_jax.media.images import read_metadata
 from sega_jax.weights.hub import resolve
 from tests.cli.helpers import PROMPT, QUICK, files, pixels
@@ -145,7 +145,7 @@ def rewrite(path, change):
     """The picture with a changed record."""
     record = read_metadata(path)
     change(record)
-    sj.pipeline.Image(pixels(path), record).save(path)
+    Picture(pixels(path), record).save(path)
 
 
 def test_from_image_refuses_a_record_with_gaps(run, make):

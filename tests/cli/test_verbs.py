@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import sega_jax as sj
@@ -58,7 +59,7 @@ def test_doctor(run, monkeypatch):
     compiled = toolchain.attention()[1] is None
     assert findings["attention"]["value"]["kernel"] == ("cpu" if compiled else "xla")
     assert findings["devices"]["value"][0]["platform"] == "cpu"
-    assert findings["packages"]["value"]["jax"] == sj.pipeline.jax.__version__
+    assert findings["packages"]["value"]["jax"] == jax.__version__
     assert findings["hub"]["value"]["offline"]
     assert all(finding["state"] != "broken" for finding in findings.values())
 
