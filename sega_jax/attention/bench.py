@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sega_jax.attention.kernels import Request, choose, kernels, tiles
+from sega_jax.attention.kernels import Request, choose, registered, tiles
 from sega_jax.layouts.blocks import from_blocks
 from sega_jax.layouts.scale_dit import block_map
 from sega_jax.runtime.provenance import provenance, threads
@@ -189,7 +189,9 @@ def matmul_rate(dtype: DTypeLike, rounds: int = 5) -> float:
 def measure(case: Case, backends: tuple[str, ...] | None = None, rounds: int = 5) -> list[Row]:
     """Time every backend that serves the case (or those named), the peers, and a matrix product."""
     request, pairs = case.request()
-    names = backends or tuple(n for n, kernel in kernels().items() if n != "reference" and not kernel.supports(request))
+    names = backends or tuple(
+        n for n, kernel in registered().items() if n != "reference" and not kernel.supports(request)
+    )
     runs: dict[str, Callable[[], object]] = {}
     temporary: dict[str, int | None] = {}
     errors: dict[str, float] = {}
@@ -272,10 +274,10 @@ def tune(case: Case, backends: tuple[str, ...] | None = None, rounds: int = 5) -
     if case.pattern != "dense":
         raise ValueError(f"pattern {case.pattern!r}: tiles are measured on dense cases; a block map brings its own")
     request, _ = case.request()
-    names = backends or tuple(kernels())
+    names = backends or tuple(registered())
     found = []
     for name in names:
-        kernel = kernels()[name]
+        kernel = registered()[name]
         if kernel.tilings is None or kernel.supports(request):
             continue
         choices = kernel.tilings(request)

@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from sega_jax.attention import attention
 from sega_jax.attention.context import Sharded, ring, ulysses
-from sega_jax.attention.kernels import kernels
+from sega_jax.attention.kernels import registered
 
-RUN = kernels()["xla"].run
+RUN = registered()["xla"].run
 TEXT, HEADS, WIDTH, BATCH = 5, 3, 8, 2
 
 

@@ -21,9 +21,9 @@ from sega_jax.attention.kernels import (
     contract,
     cudnn,
     explain,
-    kernels,
     reference,
     register,
+    registered,
     splash,
     tokamax,
     tpu,
@@ -529,7 +529,7 @@ def test_vmap_over_requests():
 
 def test_choice_is_explained(monkeypatch):
     """A backend from outside is first asked, refuses with its reason, and serves what it accepts."""
-    monkeypatch.setattr(contract, "_KERNELS", dict(kernels()))
+    monkeypatch.setattr(contract, "_KERNELS", dict(registered()))
     fussy = Kernel("fussy", lambda r: Refusal("it wants one head") if r.q.shape[2] > 1 else None, reference.run)
     register(fussy, first=True)
     x = jnp.zeros((1, 3, 2, 4))

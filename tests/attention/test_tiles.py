@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sega_jax.attention import bench
-from sega_jax.attention.kernels import Request, kernels, reference, tiles, xla
+from sega_jax.attention.kernels import Request, reference, registered, tiles, xla
 from sega_jax.attention.kernels.tiles import Entry
 from sega_jax.cli import Bench
 from sega_jax.layouts.blocks import from_mask
@@ -89,7 +89,7 @@ def test_a_kernel_takes_the_measured_tile(device, monkeypatch):
 def test_every_tiling_of_the_cpu_path_gives_the_same(device):
     asked = request(300)
     expected = reference.run(asked)[0]
-    for tile in kernels()["xla"].tilings(asked):
+    for tile in registered()["xla"].tilings(asked):
         np.testing.assert_allclose(xla.run(asked, tile=tile)[0], expected, atol=2e-6)
 
 

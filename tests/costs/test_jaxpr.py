@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from sega_jax import positional as pe
 from sega_jax.attention import attention
 from sega_jax.attention.context import Sharded, ring, ulysses
-from sega_jax.attention.kernels import Request, kernels
+from sega_jax.attention.kernels import Request, registered
 from sega_jax.attention.kernels.contract import cost
 from sega_jax.costs import jaxpr
 from sega_jax.layouts.blocks import from_blocks
@@ -126,7 +126,7 @@ def sharded(scheme, layers: int = 1):
     mesh = jax.make_mesh((DEVICES,), ("context",), devices=jax.devices()[:DEVICES],
                          axis_types=(jax.sharding.AxisType.Auto,))  # fmt: skip
     spec = Sharded(P(), P(None, "context"))
-    run = partial(scheme, axis="context", run=kernels()["xla"].run, scale=1.0, total=IMAGE)
+    run = partial(scheme, axis="context", run=registered()["xla"].run, scale=1.0, total=IMAGE)
 
     def stacked(q, k, v):
         def layer(q, _):  # keys and values of its own, which could otherwise be exchanged once for all layers

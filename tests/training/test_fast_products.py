@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sega_jax.attention.kernels import Request, choose, kernels
+from sega_jax.attention.kernels import Request, choose, registered
 from sega_jax.models.layers import Linear
 from sega_jax.training import fast_products
 
@@ -42,10 +42,10 @@ def test_attention_and_its_gradients_against_the_reference():
     q, k, v, weight = random((2, 7, 2, 16), (2, 9, 2, 16), (2, 9, 2, 16), (2, 7, 2, 16))
 
     def loss(name, q, k, v):
-        return (kernels()[name].run(Request(q, k, v, 0.3))[0].astype(jnp.float32) * weight).sum()
+        return (registered()[name].run(Request(q, k, v, 0.3))[0].astype(jnp.float32) * weight).sum()
 
-    out, lse = kernels()[fast_products.BACKEND].run(Request(q, k, v, 0.3))
-    expected, expected_lse = kernels()["xla"].run(Request(q, k, v, 0.3))
+    out, lse = registered()[fast_products.BACKEND].run(Request(q, k, v, 0.3))
+    expected, expected_lse = registered()["xla"].run(Request(q, k, v, 0.3))
     close((out, lse), (expected, expected_lse))
     gradients = [
         jax.grad(lambda *a, n=n: loss(n, *a), argnums=(0, 1, 2))(q, k, v) for n in (fast_products.BACKEND, "xla")
@@ -54,7 +54,7 @@ def test_attention_and_its_gradients_against_the_reference():
 
 
 def test_what_the_kernel_does_not_do_is_refused():
-    kernel = kernels()[fast_products.BACKEND]
+    kernel = registered()[fast_products.BACKEND]
     x = jnp.zeros((1, 4, 1, 8))
     assert kernel.supports(Request(x, x, x, 1.0)) is None
     assert "bfloat16" in kernel.supports(Request(*[x.astype(jnp.bfloat16)] * 3, 1.0)).reason

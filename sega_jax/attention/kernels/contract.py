@@ -158,7 +158,7 @@ def register(kernel: Kernel, *, first: bool = False) -> Kernel:
     return kernel
 
 
-def kernels() -> dict[str, Kernel]:
+def registered() -> dict[str, Kernel]:
     """Registered kernels by name, in order of preference for `auto`."""
     return dict(_KERNELS)
 
