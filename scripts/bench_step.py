@@ -27,8 +27,8 @@ import numpy as np
 
 from sega_jax.attention.bench import matmul_rate
 from sega_jax.costs.report import plan
-from sega_jax.families.flux import Component
-from sega_jax.families.skeleton import skeleton
+from sega_jax.families.registry import skeleton
+from sega_jax.models.abstract import Component
 from sega_jax.pipeline.pipeline import Pipeline, default_dtype
 from sega_jax.runtime.provenance import provenance, threads
 from sega_jax.sampling.denoise import Conditioning

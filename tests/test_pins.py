@@ -4,7 +4,7 @@ The pins are results of this project's own code, so they say nothing about right
 parity suite do); they say that a change which should change nothing did not.  They hold to the bit on the kind of
 processor that wrote them, and within `TOLERANCE` elsewhere, where sums are added in another order.
 
-A change that is meant to change pictures writes them anew and says so in its commit::
+A change that is meant to change pictures writes them anew (all, or those that ``-k`` chooses), and its commit says so::
 
     SEGA_JAX_WRITE_PINS=1 python -m pytest -n 0 tests/test_pins.py -m "slow or not slow"
 """
@@ -100,6 +100,19 @@ def with_lora(pipe, tmp_path_factory):
     return pipe.with_guidance_lora(lora(tmp_path_factory.mktemp("lora") / "lora.safetensors"))
 
 
+def write(latents: dict[str, np.ndarray]) -> None:
+    """The pins with these runs in place of theirs."""
+    arrays, digests = {}, {}
+    if PINS.exists():
+        with np.load(PINS) as file:
+            arrays = {name: file[name] for name in file.files if name in CASES}
+            digests = json.loads(str(file["record"]))["digests"]
+    arrays |= {name: made.astype(np.float16) for name, made in latents.items()}
+    digests |= {name: digest(made) for name, made in latents.items()}
+    record = {"machine": machine(), "digests": {name: digests[name] for name in CASES if name in digests}}
+    np.savez_compressed(PINS, record=np.asarray(json.dumps(record)), **{n: arrays[n] for n in CASES if n in arrays})
+
+
 def digest(latents: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(latents).tobytes()).hexdigest()[:16]
 
@@ -109,10 +122,7 @@ def pins():
     if WRITING:
         written = {}
         yield written
-        order = [name for name in CASES if name in written]
-        record = {"machine": machine(), "digests": {name: digest(written[name]) for name in order}}
-        arrays = {name: written[name].astype(np.float16) for name in order}
-        np.savez_compressed(PINS, record=np.asarray(json.dumps(record)), **arrays)
+        write(written)
         return
     with np.load(PINS) as file:
         yield {name: file[name] for name in file.files}

@@ -40,13 +40,13 @@ class Decode(ModelOptions):
         Raises:
             ValueError: arguments.  CheckpointError, OSError: files.
         """
-        import sega_jax
         from sega_jax.cli import outputs
         from sega_jax.decoding.decode import decode_with
-        from sega_jax.families.flux import load_vae
+        from sega_jax.families.registry import load_vae
         from sega_jax.media.images import Image
         from sega_jax.media.latents import load_latents
         from sega_jax.pipeline.pipeline import default_dtype
+        from sega_jax.runtime.cache import use_compilation_cache
         from sega_jax.weights.hub import resolve
 
         if self.out is not None:
@@ -59,7 +59,7 @@ class Decode(ModelOptions):
         paths = self._paths(name, len(latents), record)
         mode = self.vae or record.get("vae") or "auto"
         dtype = record.get("dtype") or default_dtype()
-        sega_jax.use_compilation_cache()
+        use_compilation_cache()
         with Phase(f"loading the autoencoder of {model}"):
             hub = self.hub(None if self.model else record.get("revision"))
             vae, config = load_vae(resolve(model, components=["vae"], **hub), dtype)

@@ -181,9 +181,9 @@ def _hub() -> list[Finding]:
 
 
 def _compilation_cache() -> list[Finding]:
-    import sega_jax
+    from sega_jax.runtime.cache import use_compilation_cache
 
-    folder = sega_jax.use_compilation_cache()
+    folder = use_compilation_cache()
     if folder is None:
         return [Finding("compile cache", None, "off (SEGA_JAX_CACHE=off)", "note", "unset SEGA_JAX_CACHE")]
     files = [entry.stat().st_size for entry in folder.glob("*") if entry.is_file()] if folder.is_dir() else []

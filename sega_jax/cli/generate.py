@@ -197,7 +197,7 @@ class Generate(ModelOptions):
 
     def _serve(self, requests: list, record: dict, size: int, fill: bool) -> dict:
         from sega_jax.cli.generation import jobs as J
-        from sega_jax.families.flux import family_of
+        from sega_jax.families.registry import family_of
         from sega_jax.models.adapters import guidance_settings
         from sega_jax.models.quantized import check_weights
         from sega_jax.pipeline.pipeline import default_dtype, versions
@@ -295,7 +295,7 @@ class Generate(ModelOptions):
             ValueError: the largest picture needs more memory than there is; says what would fit.
         """
         from sega_jax.costs.report import place_here
-        from sega_jax.families.skeleton import skeleton
+        from sega_jax.families.registry import skeleton
 
         if self.mesh is not None:
             return None

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sega_jax.families.flux import Component, Parts, build_flux
-from sega_jax.families.skeleton import abstract_component
+from sega_jax.families.base import Parts, abstract_component
+from sega_jax.families.registry import family_named
+from sega_jax.models.abstract import Component
 from sega_jax.models.quantized import available
 
 STEP_COPIES = 12  # 11.3 compiled for one H200 with our kernel at 6144 x 6144
@@ -245,7 +246,7 @@ def remedies(
         said.append("--residency offload")
     kernel = parts.transformer.params["double"]["image"]["mlp_in"]["kernel"]
     if kernel.dtype != jnp.int8 and available():
-        component = abstract_component(build_flux(parts.transformer_config, "int8"), kernel.dtype)
+        component = abstract_component(family_named(parts.family).network(parts, "int8"), kernel.dtype)
         small = replace(parts, transformer=component)
         held = next((where for where in dict.fromkeys((residency, "offload")) if fits(where=where, what=small)), None)
         if held is not None:

@@ -20,9 +20,10 @@ from sega_jax.costs import closed_form, jaxpr
 from sega_jax.costs.roofline import roofline
 from sega_jax.costs.targets import Target
 from sega_jax.decoding.decode import decode_latents, encode_text
-from sega_jax.families.flux import Component, Parts
-from sega_jax.families.skeleton import text_length
+from sega_jax.families.base import Parts
+from sega_jax.families.registry import text_length
 from sega_jax.geometry import Grid
+from sega_jax.models.abstract import Component
 from sega_jax.sampling.denoise import Conditioning
 from sega_jax.sampling.sampler import Stage
 

@@ -27,8 +27,8 @@ from sega_jax import positional as pe
 from sega_jax.costs import closed_form, programs
 from sega_jax.costs.roofline import ASSUMPTIONS
 from sega_jax.costs.targets import Target, find_target
-from sega_jax.families.flux import Outline, Parts
-from sega_jax.families.skeleton import skeleton
+from sega_jax.families.base import Outline, Parts
+from sega_jax.families.registry import skeleton
 from sega_jax.layouts.streams import Layout
 from sega_jax.models.quantized import Weights, check_weights
 from sega_jax.pipeline import planning
@@ -63,7 +63,7 @@ def plan(
     """What a picture takes on a target, and whether it fits.
 
     Args:
-        model: see `sega_jax.families.skeleton.skeleton`; no weights are needed.
+        model: see `sega_jax.families.registry.skeleton`; no weights are needed.
         size: (width, height) in pixels; default the trained size.
         target: ``"local"``, or one of `sega_jax.costs.topologies.devices`.
         positional, layout, regions, ladder, steps, batch_size: as of `Pipeline.generate`.

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from sega_jax.decoding.rows import decode_sharded
 from sega_jax.decoding.strips import decode_strips
 from sega_jax.decoding.tiles import decode_tiled
-from sega_jax.families.flux import Component
+from sega_jax.models.abstract import Component
 from sega_jax.models.vae import VaeConfig, denormalize
 
 logger = logging.getLogger(__name__)

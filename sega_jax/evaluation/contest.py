@@ -27,7 +27,7 @@ from sega_jax.nano import accuracy
 from sega_jax.nano.grammar import Scene
 from sega_jax.pipeline.pipeline import Pipeline
 from sega_jax.runtime.provenance import provenance
-from sega_jax.sampling.crpa import levels_map, step_flops
+from sega_jax.sampling.crpa import levels_map
 from sega_jax.sampling.regions import get_regions
 from sega_jax.sampling.registry import get_layout
 from sega_jax.sampling.resume import digest
@@ -158,7 +158,7 @@ def draw(pipe: Pipeline, prompt: str, case: Case, side: int, *, steps: int, seed
     elif case.layout == "dense" and case.ladder is None:
         grid = pipe.grid(side, side)
         pairs = (grid.tokens + grid.text_tokens) ** 2
-        flops = plan.steps * step_flops(pipe.parts.transformer_config, grid.tokens, grid.text_tokens, pairs)
+        flops = plan.steps * pipe.parts.transformer_config.step_flops(grid.tokens, grid.text_tokens, pairs)
     return Drawn(to_uint8(pipe.decode(latents)[0]), seconds, flops)
 
 

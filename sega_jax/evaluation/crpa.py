@@ -25,7 +25,6 @@ from sega_jax.sampling.crpa import (
     composite,
     levels_map,
     noises,
-    step_flops,
 )
 from sega_jax.sampling.regions import parse_regions
 from sega_jax.sampling.registry import get_layout
@@ -276,12 +275,12 @@ def step_times(
         graphdef, params = nnx.split(initialize(lambda rngs: Flux(config, rngs=rngs)))
         velocity = replace(velocity, graphdef=graphdef)
     runs = {("dense", ""): (velocity, field, None, 1.0)}
-    whole = step_flops(config, grid.tokens, grid.text_tokens, (grid.tokens + grid.text_tokens) ** 2)
+    whole = config.step_flops(grid.tokens, grid.text_tokens, (grid.tokens + grid.text_tokens) ** 2)
     for name, regions in layouts:
         options = get_layout(name)
         masks = parse_regions(regions).spread(options.levels - 1).masks(grid)
         layout = options.mixed(masks, grid)
-        share = step_flops(config, layout.tokens, grid.text_tokens, layout.pairs(grid.text_tokens)) / whole
+        share = config.step_flops(layout.tokens, grid.text_tokens, layout.pairs(grid.text_tokens)) / whole
         content = arrange(tuple(map(jnp.asarray, masks)), layout)
         runs[name, regions] = replace(velocity, layout=layout), noises(field, options.levels), content, share
     best = dict.fromkeys(runs, np.inf)

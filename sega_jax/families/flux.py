@@ -1,29 +1,20 @@
-"""Model families: from a checkpoint folder to the parts of a pipeline.
-
-A family is a row of `FAMILIES`: the ``_class_name`` of its ``model_index.json``, how its configurations are read, and
-a loader.
-"""
+"""FLUX.1 (dev, schnell, Krea-dev) and the demo model nano, which has its architecture."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 
-from converters.components import Part, open_component
+from converters.components import open_component
 from converters.errors import CheckpointError
-from converters.keymap import Slot
 from converters.lora.factors import changes
 from converters.reading.formats import read_json
-from sega_jax.geometry import RopeSpec
+from sega_jax.families.base import Outline, Parts, abstract_component, configured, load_component
 from sega_jax.models.clip import ClipConfig, ClipTextEncoder
 from sega_jax.models.flux import Flux, FluxConfig
 from sega_jax.models.quantized import Weights, quantized
@@ -31,65 +22,11 @@ from sega_jax.models.t5 import T5Config, T5Encoder
 from sega_jax.models.tokenize import TextTokenizer, load_clip_tokenizer, load_t5_tokenizer
 from sega_jax.models.vae import Vae, VaeConfig
 from sega_jax.sampling.schedule import Schedule
-from sega_jax.weights import load as checkpoint
-from sega_jax.weights.load import Change, Shardings
+from sega_jax.sharding.rules import Shardings
 from sega_jax.weights.loras import LoraSpec
 
 SCHNELL_TEXT_TOKENS = 256  # its tokenizer allows 512, the published pipeline uses 256
 LONGEST_TEXT = 512
-
-
-@dataclass(frozen=True)
-class Component:
-    """A module split once into static structure and parameters, so that pure state crosses `jit`."""
-
-    graphdef: nnx.GraphDef
-    params: nnx.State
-
-    @classmethod
-    def of(cls, module: nnx.Module) -> Component:
-        return cls(*nnx.split(module))
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What configurations alone say about a pipeline: enough to plan a picture, without any weights.
-
-    Attributes:
-        family: name of the family.
-        transformer_config, vae_config: configurations.
-        schedule: of the noise.
-        rope: rotary geometry.
-        text_tokens: tokens a prompt is padded to.
-    """
-
-    family: str
-    transformer_config: FluxConfig
-    vae_config: VaeConfig
-    schedule: Schedule
-    rope: RopeSpec
-    text_tokens: int
-
-
-@dataclass(frozen=True)
-class Parts(Outline):
-    """Everything a text-to-image pipeline of a family consists of."""
-
-    transformer: Component
-    clip: Component
-    t5: Component
-    clip_tokenizer: TextTokenizer
-    t5_tokenizer: TextTokenizer
-    vae: Component
-
-
-def configured(what: Path, build: Callable[[Mapping], Any]) -> Any:
-    """A configuration object from a JSON file, with the file named in any complaint."""
-    config = read_json(what)
-    try:
-        return build(config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{what}: {error}") from error
 
 
 def _flux_config(path: Path) -> FluxConfig:
@@ -105,24 +42,6 @@ def _flux_config(path: Path) -> FluxConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _load(
-    path: Path,
-    part: Part,
-    build: Callable,
-    dtype: DTypeLike,
-    shardings: Shardings | None = None,
-    changes: Mapping[Slot, Change] | None = None,
-) -> Component:
-    """A component of any layout `converters` opens; ``path`` names it in errors."""
-    try:
-        module = checkpoint.load_part(
-            lambda rngs: build(rngs=rngs), part, dtype=dtype, shardings=shardings, changes=changes
-        )
-    except CheckpointError as error:
-        raise type(error)(f"{path}: {error}") from error
-    return Component.of(module)
-
-
 def _check_vocabulary(folder: Path, config: ClipConfig | T5Config, tokens: TextTokenizer) -> None:
     if tokens.vocab_size > config.vocab_size:
         raise CheckpointError(
@@ -132,7 +51,7 @@ def _check_vocabulary(folder: Path, config: ClipConfig | T5Config, tokens: TextT
 
 
 def outline_flux(folder: Path, transformer: Path | None = None) -> Outline:
-    """The outline of a FLUX.1 pipeline folder; arguments as in `load_flux`."""
+    """The outline of a FLUX.1 pipeline folder; arguments as of `Family.outline`."""
     schedule = configured(folder / "scheduler" / "scheduler_config.json", Schedule.from_dict)
     config = _flux_config(transformer or folder / "transformer")
     vae_config = configured(folder / "vae" / "config.json", VaeConfig.from_dict)
@@ -150,17 +69,10 @@ def outline_flux(folder: Path, transformer: Path | None = None) -> Outline:
     )
 
 
-def build_flux(config: FluxConfig, weights: Weights = "full") -> Callable[..., Flux]:
+def network(outline: Outline, weights: Weights = "full") -> Callable[..., Flux]:
     """Makes a transformer from ``rngs``."""
+    config = outline.transformer_config
     return partial(Flux, config) if weights == "full" else lambda rngs: quantized(Flux(config, rngs=rngs))
-
-
-def load_vae(folder: Path, dtype: DTypeLike, shardings: Shardings | None = None) -> tuple[Component, VaeConfig]:
-    """The autoencoder of a pipeline folder, without the rest."""
-    config = configured(folder / "vae" / "config.json", VaeConfig.from_dict)
-    part = open_component(folder / "vae", "vae")
-    with closing(part.source):
-        return _load(folder / "vae", part, partial(Vae, config), dtype, shardings), config
 
 
 def load_flux(
@@ -171,17 +83,7 @@ def load_flux(
     loras: Sequence[LoraSpec] = (),
     weights: Weights = "full",
 ) -> Parts:
-    """FLUX.1 (dev, schnell, Krea-dev, nano) from a pipeline folder, each component in diffusers' or Orbax layout.
-
-    Args:
-        folder: the pipeline folder.
-        dtype: of parameters.
-        transformer: weights to use instead of the folder's transformer: anything `converters` opens that has one
-            (component folder, Orbax folder, single file of Black Forest Labs or ComfyUI, GGUF).
-        shardings: where parameters go, see `weights.load.fill`; None: the default device.
-        loras: merged into the weights in float32, before the one cast to ``dtype``, or to int8.
-        weights: of the transformer: ``"full"``, or ``"int8"`` for its blocks' matrices (`models.quantized`).
-    """
+    """FLUX.1 (dev, schnell, Krea-dev, nano) from a pipeline folder; arguments as of `Family.load`."""
     outline = outline_flux(folder, transformer)
     clip_tokenizer = load_clip_tokenizer(folder / "tokenizer")
     t5_tokenizer = load_t5_tokenizer(folder / "tokenizer_2", outline.text_tokens)
@@ -190,7 +92,7 @@ def load_flux(
     _check_vocabulary(folder / "text_encoder", clip_config, clip_tokenizer)
     _check_vocabulary(folder / "text_encoder_2", t5_config, t5_tokenizer)
     builds = {
-        "transformer": (transformer or folder / "transformer", build_flux(outline.transformer_config, weights)),
+        "transformer": (transformer or folder / "transformer", network(outline, weights)),
         "text_encoder": (folder / "text_encoder", partial(ClipTextEncoder, clip_config)),
         "text_encoder_2": (folder / "text_encoder_2", partial(T5Encoder, t5_config)),
         "vae": (folder / "vae", partial(Vae, outline.vae_config)),
@@ -202,7 +104,7 @@ def load_flux(
             stack.callback(parts[name].source.close)
         wanted = changes(parts, [(lora.read(), lora.weight) for lora in loras], folder)
         loaded = {
-            name: _load(path, parts[name], build, dtype, shardings, wanted[name])
+            name: load_component(path, parts[name], build, dtype, shardings, wanted[name])
             for name, (path, build) in builds.items()
         }
     return Parts(
@@ -216,44 +118,54 @@ def load_flux(
     )
 
 
-@dataclass(frozen=True)
-class Family:
-    """How pipelines of a family are read."""
-
-    outline: Callable[[Path, Path | None], Outline]
-    load: Callable[[Path, DTypeLike, Path | None, Shardings | None, Sequence[LoraSpec], Weights], Parts]
+def _flux(config: FluxConfig, schedule: Schedule, text_tokens: int) -> Outline:
+    vae = VaeConfig.flux()
+    return Outline("flux", config, vae, schedule, config.rope_spec((64, 64), 2 * vae.factor), text_tokens)
 
 
-FAMILIES: dict[str, Family] = {"FluxPipeline": Family(outline_flux, load_flux)}
+PRESETS = {  # with the sizes published in their configurations
+    "flux-dev": lambda: _flux(FluxConfig.dev(), Schedule(), 512),
+    "flux-krea-dev": lambda: _flux(FluxConfig.krea_dev(), Schedule(), 512),
+    "flux-schnell": lambda: _flux(FluxConfig.schnell(), Schedule(dynamic=False, shift=1.0), 256),
+}
 
 
-def family_of(folder: Path) -> Family:
-    """The family of the pipeline in ``folder``.
-
-    Raises:
-        CheckpointError: not a pipeline folder, or an unknown family.
-    """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise CheckpointError(f"{folder}: no model_index.json; give a diffusers pipeline folder, a hub id, or 'nano'")
-    name = read_json(index).get("_class_name")
-    if name not in FAMILIES:
-        raise CheckpointError(f"{index}: pipeline class {name!r} is not supported; known: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
-
-
-def load_parts(
-    folder: Path,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    transformer: Path | None = None,
-    shardings: Shardings | None = None,
-    loras: Sequence[LoraSpec] = (),
-    weights: Weights = "full",
+def _abstract_parts(
+    outline: Outline, clip: ClipConfig, t5: T5Config, dtype: DTypeLike, weights: Weights = "full"
 ) -> Parts:
-    """The parts of the pipeline in ``folder``; arguments as in `load_flux`.
+    component = partial(abstract_component, dtype=dtype)
+    return Parts(
+        **vars(outline),
+        transformer=component(network(outline, weights)),
+        clip=component(partial(ClipTextEncoder, clip)),
+        t5=component(partial(T5Encoder, t5)),
+        clip_tokenizer=None,
+        t5_tokenizer=None,
+        vae=component(partial(Vae, outline.vae_config)),
+    )
 
-    Raises:
-        CheckpointError: not a pipeline folder, an unknown family, or a component that does not load.
-    """
-    return family_of(folder).load(folder, dtype, transformer, shardings, loras, weights)
+
+def abstract_flux(
+    source: str | Path, dtype: DTypeLike, transformer: Path | None = None, weights: Weights = "full"
+) -> Parts:
+    """Parts with abstract parameters in ``dtype``, but for what ``weights`` has in int8; see `Family.abstract`."""
+    if isinstance(source, str):
+        return _abstract_parts(PRESETS[source](), ClipConfig.large(), T5Config.xxl(), dtype, weights)
+    clip = configured(source / "text_encoder" / "config.json", ClipConfig.from_dict)
+    t5 = configured(source / "text_encoder_2" / "config.json", T5Config.from_dict)
+    return _abstract_parts(outline_flux(source, transformer), clip, t5, dtype, weights)
+
+
+class Flux1:
+    """The family; see `sega_jax.families.base.Family`."""
+
+    name = "flux"
+    pipeline_class = "FluxPipeline"
+    presets = PRESETS
+    outline = staticmethod(outline_flux)
+    load = staticmethod(load_flux)
+    network = staticmethod(network)
+    abstract = staticmethod(abstract_flux)
+
+
+FAMILY = Flux1()

@@ -7,12 +7,25 @@ cannot disagree.  Paths are dotted attribute names (``double_blocks.image.query.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
 from flax import nnx
 
 Module = TypeVar("Module", bound=nnx.Module)
+
+
+@dataclass(frozen=True)
+class Component:
+    """A module split once into static structure and parameters, so that pure state crosses `jit`."""
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+
+    @classmethod
+    def of(cls, module: nnx.Module) -> Component:
+        return cls(*nnx.split(module))
 
 
 def build_abstract(build: Callable[[nnx.Rngs], Module]) -> Module:

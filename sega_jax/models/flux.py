@@ -67,6 +67,14 @@ class FluxConfig:
     def mlp_width(self) -> int:
         return MLP_RATIO * self.width
 
+    def step_flops(self, tokens: int, text_tokens: int, pairs: int) -> float:
+        """Multiply-adds times two of a model row: linear layers, and ``pairs`` query-key pairs per attention layer."""
+        width, layers = self.width, self.double_layers + self.single_layers
+        linear = (4 + 2 * self.mlp_width / width) * width**2 * (tokens + text_tokens) * layers
+        ends = width * (2 * self.in_channels * tokens + self.text_dim * text_tokens)
+        modulation = (12 * self.double_layers + 3 * self.single_layers + 2) * width**2
+        return 2.0 * (linear + ends + modulation) + 4.0 * width * pairs * layers
+
     def rope_spec(self, trained: tuple[int, int] = (64, 64), pixels_per_token: int = 16) -> RopeSpec:
         """Rotary geometry of this family: corner ids, trained on ``trained`` tokens per side."""
         return RopeSpec(self.rope_dims, self.theta, trained, "corner", pixels_per_token)

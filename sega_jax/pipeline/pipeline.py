@@ -17,16 +17,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-import sega_jax
+from sega_jax import __version__
 from sega_jax import positional as pe
 from sega_jax.attention.context.route import SCHEMES
 from sega_jax.decoding.decode import TILE, VaeMode, decode_with, encode_image, encode_text
 from sega_jax.decoding.tiles import encode_tiled
-from sega_jax.families.flux import Component, Parts, family_of, load_parts
+from sega_jax.families.base import Parts
+from sega_jax.families.registry import family_of, load_parts
 from sega_jax.geometry import Grid
 from sega_jax.layouts.streams import Layout
 from sega_jax.media.images import Image, load_image
 from sega_jax.media.latents import load_latents
+from sega_jax.models.abstract import Component
 from sega_jax.models.adapters import attach, from_factors, guidance_settings
 from sega_jax.models.quantized import Weights, check_weights
 from sega_jax.models.vae import normalize, sample_posterior
@@ -34,6 +36,7 @@ from sega_jax.pipeline.planning import Plan
 from sega_jax.pipeline.planning import plan as make_plan
 from sega_jax.pipeline.results import Clock, Progress, Result
 from sega_jax.pipeline.samplers import sampler_of
+from sega_jax.runtime.cache import use_compilation_cache
 from sega_jax.sampling.crpa import CoarseMixedFine, Crpa
 from sega_jax.sampling.denoise import Conditioning, Velocity
 from sega_jax.sampling.registry import get_layout
@@ -127,7 +130,7 @@ class Pipeline:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: expected 'float32' or 'bfloat16'")
         check_weights(weights)
-        sega_jax.use_compilation_cache()
+        use_compilation_cache()
         folder = resolve(model, **hub)
         other = None if transformer is None else Path(os.fspath(transformer)).expanduser()
         if other is not None and not other.exists():
@@ -562,7 +565,7 @@ class Pipeline:
 
 def versions() -> dict[str, str]:
     """What besides the request may change a picture by rounding: package, JAX and device."""
-    return {"sega_jax": sega_jax.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    return {"sega_jax": __version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
 
 
 @dataclass(frozen=True)

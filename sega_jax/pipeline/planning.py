@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 
 from sega_jax import positional as pe
-from sega_jax.families.flux import Outline
+from sega_jax.families.base import Outline
 from sega_jax.families.recipes import guided_recipe, recipe
 from sega_jax.geometry import Grid
 from sega_jax.layouts.scalediff import Neighborhood
 from sega_jax.layouts.streams import Layout
-from sega_jax.sampling import rungs as ladders
+from sega_jax.pipeline import ladders
 from sega_jax.sampling import scale_dit
-from sega_jax.sampling.crpa import Crpa, Estimate, estimate, levels_map, stages_of
+from sega_jax.sampling.crpa import Crpa, levels_map, stages_of
+from sega_jax.sampling.crpa_cost import Estimate, estimate
 from sega_jax.sampling.regions import Regions, get_regions
 from sega_jax.sampling.registry import get_layout
+from sega_jax.sampling.rungs import Rung, parse, text_of
 from sega_jax.sampling.schedule import MuPolicy, collapse_warning, start_index
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ class Plan:
     recipe: str
     regions: str | None = None
     estimate: Estimate | None = None  # of layouts of mixed resolution
-    ladder: tuple[ladders.Rung, ...] | None = None
+    ladder: tuple[Rung, ...] | None = None
 
     @property
     def first_size(self) -> tuple[int, int]:
@@ -80,7 +82,7 @@ class Plan:
             "layout": self.layout,
             "mu": self.mu,
             "strength": self.strength,
-            **({} if self.ladder is None else {"ladder": ladders.text_of(self.ladder)}),
+            **({} if self.ladder is None else {"ladder": text_of(self.ladder)}),
         } | ({} if self.regions is None else {"regions": self.regions})
 
 
@@ -101,7 +103,7 @@ def plan(
     mu: MuPolicy | None = None,
     strength: float | None = None,
     regions: Any = None,
-    ladder: str | Sequence[ladders.Rung] | None = None,
+    ladder: str | Sequence[Rung] | None = None,
     from_picture: bool = False,
     guidance_lora: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -118,7 +120,7 @@ def plan(
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt={prompt!r}: expected a string")
-    rungs = ladders.parse(ladder) if isinstance(ladder, str) else ladder
+    rungs = parse(ladder) if isinstance(ladder, str) else ladder
     if rungs is not None:
         rungs = tuple(rungs)
         if (width, height) not in ((None, None), (rungs[-1].width, rungs[-1].height)):

@@ -13,6 +13,7 @@ from sega_jax import positional as pe
 from sega_jax.decoding.decode import VaeMode
 from sega_jax.layouts.streams import Layout
 from sega_jax.models.vae import normalize
+from sega_jax.pipeline.ladders import sigmas_of
 from sega_jax.pipeline.planning import Plan
 from sega_jax.sampling import rungs
 from sega_jax.sampling.crpa import CoarseMixedFine, Crpa
@@ -56,7 +57,7 @@ def sampler_of(
 def _ladder(pipe: Pipeline, plan: Plan, method: str | pe.Method, source: np.ndarray | None, vae: VaeMode) -> Ladder:
     levels = []
     for number, rung in enumerate(plan.ladder):
-        sigmas = rungs.sigmas_of(plan.ladder, number, pipe.parts)
+        sigmas = sigmas_of(plan.ladder, number, pipe.parts)
         # an object of one's own may have no name that leads back to it
         own = rung.positional == plan.positional
         levels.append(

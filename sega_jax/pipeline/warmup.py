@@ -15,8 +15,8 @@ from typing import Any
 import jax
 
 from sega_jax import positional as pe
-from sega_jax.families.flux import Component
-from sega_jax.families.skeleton import skeleton
+from sega_jax.families.registry import skeleton
+from sega_jax.models.abstract import Component
 from sega_jax.models.quantized import Weights
 from sega_jax.pipeline.pipeline import Pipeline
 from sega_jax.pipeline.planning import Plan

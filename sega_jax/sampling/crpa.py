@@ -20,7 +20,6 @@ from flax import nnx
 
 from sega_jax.geometry import Grid
 from sega_jax.layouts.crpa import Arrangement, Mixed, Positions, arrange, core, level_name, up
-from sega_jax.models.flux import FluxConfig
 from sega_jax.sampling.denoise import Conditioning, Velocity, euler
 from sega_jax.sampling.regions import Regions
 from sega_jax.sampling.sampler import Noise, Stage, State
@@ -478,75 +477,3 @@ def stages_of(sigmas: np.ndarray, options: Crpa) -> tuple[np.ndarray, tuple[int,
         pairs = np.concatenate([pairs[:first], np.stack([tail[:-1], tail[1:]], 1)])
         second += len(pairs) - last
     return pairs.astype(np.float32), (first, second)
-
-
-# -- cost --------------------------------------------------------------------------------------------------------
-
-
-def step_flops(config: FluxConfig, tokens: int, text_tokens: int, pairs: int) -> float:
-    """Multiply-adds times two of one model row: linear layers, and ``pairs`` query-key pairs per attention layer."""
-    width, layers = config.width, config.double_layers + config.single_layers
-    linear = (4 + 2 * config.mlp_width / width) * width**2 * (tokens + text_tokens) * layers
-    ends = width * (2 * config.in_channels * tokens + config.text_dim * text_tokens)
-    modulation = (12 * config.double_layers + 3 * config.single_layers + 2) * width**2
-    return 2.0 * (linear + ends + modulation) + 4.0 * width * pairs * layers
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will cost, in FLOPs of the transformer for one picture.
-
-    Attributes:
-        stages: name -> (steps, image tokens, FLOPs of a step).
-        full: FLOPs of the same steps at full resolution.
-        layout: of the mixed stage; what it compiles for.
-    """
-
-    stages: dict[str, tuple[int, int, float]]
-    full: float
-    layout: Mixed
-
-    @property
-    def flops(self) -> float:
-        return sum(steps * flops for steps, _, flops in self.stages.values())
-
-    @property
-    def share(self) -> float:
-        """Of the cost at full resolution."""
-        return self.flops / self.full
-
-    def __str__(self) -> str:
-        parts = [
-            f"{steps} {name} x {tokens} tokens ({flops:.3g} FLOP)"
-            for name, (steps, tokens, flops) in self.stages.items()
-            if steps
-        ]
-        return f"{', '.join(parts)}: {100 * self.share:.0f} % of full resolution"
-
-
-def estimate(
-    config: FluxConfig, grid: Grid, sigmas: np.ndarray, options: Crpa, regions: Regions, rows: int = 1
-) -> Estimate:
-    """The cost of a run before it is made.
-
-    Args:
-        config: of the transformer.
-        grid: of the finest tokens, with its text tokens.
-        sigmas: schedule f32 [steps + 1].
-        options, regions: of the run.
-        rows: model rows per picture, 2 with true guidance.
-    """
-    pairs, (first, second) = stages_of(sigmas, options)
-    text, layout = grid.text_tokens, options.expected(regions, grid)
-
-    def plain(level: int) -> tuple[int, float]:
-        tokens = grid.tokens // 4**level
-        return tokens, rows * step_flops(config, tokens, text, (tokens + text) ** 2)
-
-    mixed = layout.tokens, rows * step_flops(config, layout.tokens, text, layout.pairs(text))
-    stages = {
-        "coarse": (first, *plain(options.levels - 1)),
-        "mixed": (second - first, *mixed),
-        "fine": (len(pairs) - second, *plain(0)),
-    }
-    return Estimate(stages, (len(sigmas) - 1) * plain(0)[1], layout)

@@ -13,8 +13,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from sega_jax.sharding.rules import param_sharding
-from sega_jax.weights.load import Shardings
+from sega_jax.sharding.rules import Shardings, param_sharding
 
 Residency = Literal["all", "offload"]
 PINNED = "pinned_host"

@@ -8,18 +8,19 @@ scan over blocks), one block at a time.  A mesh axis that does not divide a dime
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from sega_jax.sharding.mesh import CONTEXT, DATA, TENSOR, put
 
 Module = TypeVar("Module")
 Rules = Mapping[str, tuple[str, ...]]
+Shardings = Callable[[str, nnx.Param], Sharding | None]  # where a parameter of this path goes
 
 STORED: Rules = {
     "embed": (CONTEXT, DATA),

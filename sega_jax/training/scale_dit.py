@@ -23,11 +23,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sega_jax import positional as pe
-from sega_jax.families.flux import Component
 from sega_jax.geometry import RopeSpec
 from sega_jax.layouts.scale_dit import ScaleDiT
 from sega_jax.layouts.streams import bind
 from sega_jax.models import adapters as lowrank
+from sega_jax.models.abstract import Component
 from sega_jax.models.adapters import Adapters
 from sega_jax.models.flux import pack
 from sega_jax.sampling.scale_dit import Guided, parse, steady

@@ -24,9 +24,9 @@ from converters.reading.sources import bits
 from converters.stream import TILE, default_workers
 from sega_jax.models.abstract import build_abstract, parameters
 from sega_jax.models.quantized import quantize, scales
+from sega_jax.sharding.rules import Shardings
 
 Module = TypeVar("Module", bound=nnx.Module)
-Shardings = Callable[[str, nnx.Param], jax.sharding.Sharding | None]
 Change = Callable[[np.ndarray], np.ndarray]
 
 

@@ -13,7 +13,7 @@ from sega_jax.costs import closed_form, programs, targets, topologies
 from sega_jax.costs import report as P
 from sega_jax.costs.closed_form import parameter_bytes
 from sega_jax.costs.roofline import roofline
-from sega_jax.families.skeleton import skeleton
+from sega_jax.families.registry import skeleton
 
 FLUX_DEV = 11_901_408_320  # parameters, FluxConfig.dev
 parts = cache(skeleton)

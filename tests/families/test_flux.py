@@ -7,7 +7,7 @@ import pytest
 import sega_jax as sj
 from converters.convert import convert
 from converters.errors import CheckpointError
-from sega_jax.families.flux import load_parts
+from sega_jax.families.registry import load_parts
 from sega_jax.models.abstract import axes
 from sega_jax.weights.hub import resolve
 

@@ -15,7 +15,7 @@ from converters.keymap import Slot
 from converters.lora.dialects import express
 from converters.lora.factors import Factors, Lora
 from sega_jax import positional as pe
-from sega_jax.families.flux import load_parts
+from sega_jax.families.registry import load_parts
 from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.streams import Stream, bind
 from sega_jax.models import adapters as lowrank

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from safetensors import safe_open
 
-from sega_jax.families.flux import load_parts
+from sega_jax.families.registry import load_parts
 from sega_jax.models.abstract import build_abstract, parameters
 from sega_jax.nano import export, vocabulary
 from sega_jax.nano import model as nano

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sega_jax.families.skeleton import skeleton
-from sega_jax.sampling.crpa import step_flops
+from sega_jax.families.registry import skeleton
 
 pytestmark = pytest.mark.parity
 pytest.importorskip("diffusers")
@@ -25,7 +24,7 @@ def test_nano_against_its_plan_and_diffusers(tmp_path):
     assert not any("error" in row[name] or "missing" in row[name] for name in ("ours", "planned", "theirs"))
     parts = skeleton("nano")
     tokens, text = 16, parts.text_tokens
-    blocks = step_flops(parts.transformer_config, tokens, text, (tokens + text) ** 2)
+    blocks = parts.transformer_config.step_flops(tokens, text, (tokens + text) ** 2)
     assert row["planned"]["flops"] == pytest.approx(blocks, rel=0.1)  # embeddings and SEGA's spectrum come on top
 
 

@@ -15,7 +15,7 @@ from converters.components import open_component
 from converters.convert import convert
 from converters.lora.dialects import express
 from converters.lora.factors import Factors, Lora
-from sega_jax.families.flux import load_parts
+from sega_jax.families.registry import load_parts
 from sega_jax.models.abstract import parameters
 from sega_jax.weights.hub import resolve
 from sega_jax.weights.loras import lora_specs

@@ -9,9 +9,9 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 import jax.numpy as jnp
+from sega_jax.hub import resolve
 
 import sega_jax as sj
-from sega_jax.hub import resolve
 from sega_jax.models.flux import pack
 from sega_jax.positional.spectrum import axis_bins, radial_bins
 

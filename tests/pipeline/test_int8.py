@@ -11,7 +11,7 @@ import pytest
 import sega_jax as sj
 from sega_jax.costs import closed_form
 from sega_jax.costs import report as P
-from sega_jax.families.skeleton import skeleton
+from sega_jax.families.registry import skeleton
 from sega_jax.models.flux import FluxConfig
 from sega_jax.pipeline import warmup
 from sega_jax.sharding import make_mesh

@@ -22,15 +22,14 @@ from sega_jax.sampling.crpa import (
     Crpa,
     bicubic,
     block_mean,
-    estimate,
     nearest,
     noises,
     rewind_coefficients,
     rewound,
     settle,
     stages_of,
-    step_flops,
 )
+from sega_jax.sampling.crpa_cost import estimate
 from sega_jax.sampling.denoise import Conditioning, Velocity, predict
 from sega_jax.sampling.regions import parse_regions
 from sega_jax.sampling.registry import get_layout
@@ -411,7 +410,7 @@ def test_the_arrangement_is_traced(pipe):
     shapes = jax.eval_shape(lambda masks: arrange(masks, layout), (jax.ShapeDtypeStruct((3, 8, 8), bool),))
     assert shapes.index[0].shape == (3, layout.capacity[0])
     assert replace(layout, text="coarse") != layout
-    assert step_flops(FluxConfig.dev(), 4096, 512, 4608**2) > 5e13
+    assert FluxConfig.dev().step_flops(4096, 512, 4608**2) > 5e13
 
 
 def test_eight_devices_make_the_same_picture():

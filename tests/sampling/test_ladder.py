@@ -17,11 +17,12 @@ from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.scalediff import Neighborhood
 from sega_jax.layouts.streams import draw
 from sega_jax.models.flux import Flux, FluxConfig
+from sega_jax.pipeline import ladders
 from sega_jax.positional import none
 from sega_jax.sampling import latent_ops as ops
-from sega_jax.sampling import rungs as ladders
 from sega_jax.sampling.denoise import Conditioning, Velocity, predict
 from sega_jax.sampling.ladder import Codec, Ladder, Level
+from sega_jax.sampling.rungs import parse, text_of
 from sega_jax.sampling.sampler import Noise, Sampler
 from sega_jax.sampling.schedule import Schedule
 
@@ -208,11 +209,11 @@ def test_multidiffusion_of_one_window_is_the_model_and_of_nine_their_mean(model)
 
 def test_a_ladder_reads_back():
     text = '256 positional=pi(), 512 layout=scalediff(window=(8, 8), jitter=True) positional="a b"+c start=3 rho=0.5'
-    rungs = ladders.parse(text)
+    rungs = parse(text)
     assert [rung.width for rung in rungs] == [256, 512]
     assert rungs[1].layout == "scalediff(window=(8, 8), jitter=True)"
     assert rungs[1].positional == '"a b"+c'
-    assert ladders.parse(ladders.text_of(rungs)) == rungs
+    assert parse(text_of(rungs)) == rungs
 
 
 @pytest.fixture(scope="module")

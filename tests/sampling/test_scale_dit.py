@@ -288,7 +288,7 @@ def test_small_pictures_grow_by_the_releases_bicubic():
     half = np.array([[283, -27, 0, 0], [198, 67, -9, 0], [58, 225, -27, 0], [-27, 225, 67, -9]]) / 256
     matrix = np.concatenate([half, half[::-1, ::-1]])
     expected = np.einsum("yh,bhwc,xw->byxc", matrix, x, matrix)
-    np.testing.assert_allclose(guided.enlarge(jnp.asarray(x), (8, 8)), expected, atol=1e-6)
+    np.testing.assert_allclose(scale_dit.enlarge(jnp.asarray(x), (8, 8)), expected, atol=1e-6)
 
 
 def test_small_stream_on_a_mesh(changed):

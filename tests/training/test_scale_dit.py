@@ -15,10 +15,9 @@ from safetensors.numpy import load_file, save_file
 from converters.errors import CheckpointError
 from converters.lora.dialects import read_lora
 from sega_jax import positional as pe
-from sega_jax.families.flux import Component
 from sega_jax.geometry import RopeSpec
 from sega_jax.models import adapters as A
-from sega_jax.models.abstract import initialize
+from sega_jax.models.abstract import Component, initialize
 from sega_jax.models.flux import Flux, FluxConfig
 from sega_jax.sharding.mesh import make_mesh
 from sega_jax.sharding.rules import place

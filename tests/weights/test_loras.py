@@ -10,7 +10,7 @@ from converters.errors import CheckpointError
 from converters.keymap import Slot
 from converters.lora.dialects import DIALECTS, convert_lora, express
 from converters.lora.factors import Factors, Lora
-from sega_jax.families.flux import load_parts
+from sega_jax.families.registry import load_parts
 from sega_jax.models.abstract import parameters
 from sega_jax.weights.hub import resolve
 from sega_jax.weights.loras import lora_specs

@@ -18,7 +18,7 @@ from converters.reading.formats import open_tensors
 from sega_jax import positional as pe
 from sega_jax.cli import outputs
 from sega_jax.cli.generation.requests import INCIDENTAL, FileRow, Request
-from sega_jax.families.flux import Outline
+from sega_jax.families.base import Outline
 from sega_jax.media.images import read_metadata
 from sega_jax.media.latents import load_latents
 from sega_jax.pipeline import planning

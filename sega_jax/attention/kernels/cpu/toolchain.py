@@ -26,8 +26,8 @@ from pathlib import Path
 import jax
 import jaxlib
 
-import sega_jax
 from converters.files import atomic_path
+from sega_jax.runtime.cache import cache_folder
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-w")
@@ -108,7 +108,7 @@ def library(*extra: str) -> ctypes.CDLL:
     parts = [path.read_text() for path in sorted([*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")])]
     parts += [*command, told, jaxlib.__version__, _processor()]
     name = f"attention-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
-    folder = sega_jax.cache_folder()
+    folder = cache_folder()
     if folder is not None:
         kept = folder / "kernels" / name
         with contextlib.suppress(OSError):  # it is not there

@@ -1,0 +1,106 @@
+"""The families this package knows, and pipelines by folder or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from converters.components import open_component
+from converters.errors import CheckpointError
+from converters.reading.formats import read_json
+from sega_jax.families import flux
+from sega_jax.families.base import Family, Parts, configured, load_component
+from sega_jax.models.abstract import Component
+from sega_jax.models.quantized import Weights
+from sega_jax.models.vae import Vae, VaeConfig
+from sega_jax.sharding.rules import Shardings
+from sega_jax.weights.hub import resolve
+from sega_jax.weights.loras import LoraSpec
+
+FAMILIES: dict[str, Family] = {family.pipeline_class: family for family in (flux.FAMILY,)}
+
+
+def family_named(name: str) -> Family:
+    """The family of this name, as `Outline.family` has it."""
+    return next(family for family in FAMILIES.values() if family.name == name)
+
+
+def family_of(folder: Path) -> Family:
+    """The family of the pipeline in ``folder``.
+
+    Raises:
+        CheckpointError: not a pipeline folder, or an unknown family.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise CheckpointError(f"{folder}: no model_index.json; give a diffusers pipeline folder, a hub id, or 'nano'")
+    name = read_json(index).get("_class_name")
+    if name not in FAMILIES:
+        raise CheckpointError(f"{index}: pipeline class {name!r} is not supported; known: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def load_parts(
+    folder: Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    transformer: Path | None = None,
+    shardings: Shardings | None = None,
+    loras: Sequence[LoraSpec] = (),
+    weights: Weights = "full",
+) -> Parts:
+    """The parts of the pipeline in ``folder``; arguments as of `Family.load`.
+
+    Raises:
+        CheckpointError: not a pipeline folder, an unknown family, or a component that does not load.
+    """
+    return family_of(folder).load(folder, dtype, transformer, shardings, loras, weights)
+
+
+def load_vae(folder: Path, dtype: DTypeLike, shardings: Shardings | None = None) -> tuple[Component, VaeConfig]:
+    """The autoencoder of a pipeline folder, without the rest."""
+    config = configured(folder / "vae" / "config.json", VaeConfig.from_dict)
+    part = open_component(folder / "vae", "vae")
+    with closing(part.source):
+        return load_component(folder / "vae", part, partial(Vae, config), dtype, shardings), config
+
+
+def skeleton(
+    model: str | Path,
+    dtype: DTypeLike = "bfloat16",
+    *,
+    transformer: Path | None = None,
+    weights: Weights = "full",
+    **hub: Any,
+) -> Parts:
+    """The parts of a pipeline with `jax.ShapeDtypeStruct` for parameters, and no tokenizers.
+
+    Args:
+        model: ``"flux-dev"``, ``"flux-krea-dev"``, ``"flux-schnell"``, ``"nano"``, a diffusers folder or a hub id, of
+            which configurations alone are fetched.
+        dtype: of parameters.
+        transformer, weights: as of `Pipeline.from_pretrained`.
+        **hub: see `sega_jax.weights.hub.resolve`.
+
+    Raises:
+        CheckpointError, ValueError: as `sega_jax.weights.hub.resolve` and `family_of`.
+    """
+    for family in FAMILIES.values():
+        if model in family.presets:
+            return family.abstract(str(model), dtype, transformer, weights)
+    folder = resolve(model, weights=False, **hub)
+    return family_of(folder).abstract(folder, dtype, transformer, weights)
+
+
+def text_length(parts: Parts) -> tuple[int, int]:
+    """Tokens of a prompt for CLIP and for T5."""
+    positions = nnx.merge(parts.clip.graphdef, parts.clip.params).positions
+    return jax.tree.leaves(nnx.state(positions))[0].shape[0], parts.text_tokens
