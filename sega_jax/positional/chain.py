@@ -19,6 +19,7 @@ import importlib
 import importlib.metadata
 import inspect
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -218,28 +219,36 @@ RULES: dict[str, type[Expression]] = {
     cls.__name__: cls for cls in (none, pi, ntk, yarn, rebase, temperature, sega_magnitude)
 }
 SCHEDULES: dict[str, type[Expression]] = {"dype": dype}
+LONGEST = 2_000  # characters of an expression; the longest preset has 150
 
 
-def parse(expression: str) -> Method:
+def parse(expression: str, *, imports: bool = True) -> Method:
     """The method an expression stands for, such as ``ntk(strength=dype(scale=2))+sega_magnitude(alpha=0.2)``.
 
     A small grammar, nothing is evaluated: rules joined by ``+``; a rule is a name called with keyword arguments;
     values are numbers, strings, True, False, None, pairs of numbers, or a schedule.  Rules of other packages are
     found under their entry point's name.  ``parse(str(method)) == method``.
 
+    Args:
+        expression: the text.
+        imports: whether rules of other packages may be imported; not for text that comes out of a file.
+
     Raises:
         ValueError: unreadable text, an unknown rule or argument (the known ones are listed), a refused chain.
         TypeError: a value of the wrong type.
     """
+    if len(expression) > LONGEST:
+        raise ValueError(f"a positional expression of {len(expression)} characters; expected at most {LONGEST}")
     try:
-        tree = ast.parse(expression.strip(), mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        with warnings.catch_warnings(action="ignore"):  # Python's remarks about spelling, such as 1if
+            tree = ast.parse(expression.strip(), mode="eval").body
+        terms: list[ast.expr] = []
+        while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+            terms.append(tree.right)
+            tree = tree.left
+        return chain(*(_call(term, RULES, expression, imports) for term in (tree, *reversed(terms))))
+    except (SyntaxError, MemoryError, RecursionError, OverflowError) as error:
         raise ValueError(f"cannot read the positional expression {expression!r}: {error}") from None
-    terms: list[ast.expr] = []
-    while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
-        terms.append(tree.right)
-        tree = tree.left
-    return chain(*(_call(term, RULES, expression) for term in (tree, *reversed(terms))))
 
 
 def _unknown(what: str, name: str, known: Any) -> str:
@@ -247,7 +256,7 @@ def _unknown(what: str, name: str, known: Any) -> str:
     return f"unknown {what} {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; known: {', '.join(known)}"
 
 
-def _call(node: ast.expr, known: dict[str, type[Expression]], expression: str) -> Expression:
+def _call(node: ast.expr, known: dict[str, type[Expression]], expression: str, imports: bool) -> Expression:
     if isinstance(node, ast.Name):
         if node.id not in known and node.id not in _entry_points():
             raise ValueError(_unknown("positional rule", node.id, known))
@@ -255,7 +264,7 @@ def _call(node: ast.expr, known: dict[str, type[Expression]], expression: str) -
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
         raise ValueError(f"in {expression!r}: expected rules such as ntk(strength=2.0), got {ast.unparse(node)!r}")
     name = node.func.id
-    cls = known.get(name) or (_outside_rule(name) if known is RULES else None)
+    cls = known.get(name) or (_outside_rule(name, imports) if known is RULES else None)
     if cls is None:
         names = [*known, *_entry_points()] if known is RULES else list(known)
         raise ValueError(_unknown("positional rule" if known is RULES else "schedule", name, names))
@@ -266,21 +275,23 @@ def _call(node: ast.expr, known: dict[str, type[Expression]], expression: str) -
     for keyword in node.keywords:
         if keyword.arg is None or keyword.arg not in fields:
             raise ValueError(_unknown(f"argument of {name}", keyword.arg or "**", fields or ["none"]))
-        arguments[keyword.arg] = _value(keyword.value, expression)
+        if keyword.arg in arguments:
+            raise ValueError(f"in {expression!r}: {name} gets {keyword.arg} twice")
+        arguments[keyword.arg] = _value(keyword.value, expression, imports)
     return cls(**arguments)
 
 
-def _value(node: ast.expr, expression: str) -> Any:
+def _value(node: ast.expr, expression: str, imports: bool) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, bool, type(None))):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        value = _value(node.operand, expression)
+        value = _value(node.operand, expression, imports)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.Tuple):
-        return tuple(_value(element, expression) for element in node.elts)
+        return tuple(_value(element, expression, imports) for element in node.elts)
     if isinstance(node, ast.Call):
-        return _call(node, SCHEDULES, expression)
+        return _call(node, SCHEDULES, expression, imports)
     raise ValueError(
         f"in {expression!r}: expected a number, string, True, False, None, a pair or a schedule, "
         f"got {ast.unparse(node)!r}"
@@ -313,10 +324,20 @@ def _entry_point(name: str) -> importlib.metadata.EntryPoint | None:
     return next(iter(importlib.metadata.entry_points(group=ENTRY_POINTS, name=name)), None)
 
 
-def _outside_rule(name: str) -> type[Expression] | None:
+def _code(name: str) -> ValueError:
+    """The refusal of a name that a file gives and that would have to be imported."""
+    return ValueError(
+        f"{name!r} names code, and a file may not: names that come from files are presets and expressions of the "
+        f"rules {', '.join(RULES)}; type it yourself (--positional), or allow it with --trust-code"
+    )
+
+
+def _outside_rule(name: str, imports: bool) -> type[Expression] | None:
     point = _entry_point(name)
     if point is None:
         return None
+    if not imports:
+        raise _code(name)
     cls = point.load()
     if not (isinstance(cls, type) and issubclass(cls, (FrequencyRule, MagnitudeRule))):
         raise ValueError(f"entry point {name!r} ({point.value}) is no rule class, so it cannot stand in an expression")
@@ -349,13 +370,15 @@ def _accepts(signature: inspect.Signature, *arguments: str) -> bool:
     return True
 
 
-def get(method: Any) -> Method:
+def get(method: Any, *, imports: bool = True) -> Method:
     """The positional method asked for.
 
     Args:
         method: a method (returned as it is); or a string: a preset (`presets`), ``module:name`` (imported; a method,
             or a class or factory without required arguments), an entry point of the group ``sega_jax.positional``,
             or an expression (`parse`).
+        imports: whether names of code, ``module:name`` and entry points, may be imported; not for a name that comes
+            out of a file.
 
     Raises:
         TypeError: not a method.
@@ -366,20 +389,31 @@ def get(method: Any) -> Method:
             raise TypeError(f"{method} is a schedule; give it as a rule's strength, as in yarn(strength={method})")
         return _as_method(method, "positional")
     name = method.strip()
+    if len(name) > LONGEST:
+        raise ValueError(f"a positional method of {len(name)} characters; expected at most {LONGEST}")
     if name in PRESETS:
         return parse(PRESETS[name])
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name):
+    if is_code(name):
+        if not imports:
+            raise _code(name)
         return _as_method(_imported(name), name)
     if re.fullmatch(r"[\w.-]+", name):
         point = _entry_point(name)
         if point is not None:
+            if not imports:
+                raise _code(name)
             return _as_method(point.load(), f"entry point {name!r}")
         known = [*PRESETS, *_entry_points()]
         raise ValueError(
             f"{_unknown('positional method', name, known)}; or give module:name, or an expression of the rules "
             f"{', '.join(f'{rule}(...)' for rule in RULES)}"
         )
-    return parse(name)
+    return parse(name, imports=imports)
+
+
+def is_code(name: str) -> bool:
+    """Whether a text is of the form ``module:name``."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name.strip()) is not None
 
 
 def _imported(name: str) -> Any:

@@ -317,3 +317,25 @@ def test_method_table():
     assert all(name in text for name in pe.presets())
     assert max(map(len, text.splitlines())) <= 80
     assert "note: " in pe.format_methods(details=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ntk(strength=" + "-" * 1500 + "1)",
+        "+".join(["ntk()"] * 380),
+        "ntk(strength=1" + "0" * 400 + ")",
+        "ntk(strength=2.0, strength=3.0)",
+        "(" * 500,
+        "n" * 5_000,
+        "ntk(strength=" * 150,
+        "ntk(strength=" + "9" * 1900 + ")",
+        "\0",
+        "ntk(\ud800)",
+        "",
+    ],
+    ids=range(11),
+)
+def test_texts_made_to_break_the_reader(text):
+    with pytest.raises(ValueError):  # noqa: PT011  of many kinds, none of which may be another exception
+        pe.get(text)

@@ -1,5 +1,6 @@
 """Methods and rules that are not in sega_jax: by object, by ``module:name`` and by entry point."""
 
+import importlib.metadata
 from pathlib import Path
 
 import jax
@@ -118,3 +119,18 @@ def test_rule_without_its_formula_says_so():
 
     with pytest.raises(NotImplementedError, match="unfinished defines no magnitudes"):
         unfinished.magnitudes(object.__new__(unfinished), GRID, pe.Signals(sigma=jnp.float32(1)))
+
+
+@pytest.mark.parametrize(
+    "name", ["custom_method:Remembering", "os:abort", "remembering", "ntk()+boost()", " custom_method:Remembering "]
+)
+def test_names_from_files_import_nothing(custom, monkeypatch, name):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("something was imported")
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    monkeypatch.setattr(importlib.metadata.EntryPoint, "load", refuse)
+    with pytest.raises(ValueError, match="names code, and a file may not"):
+        pe.get(name, imports=False)
+    assert pe.get("sega", imports=False) == pe.get("sega")
+    assert pe.get("ntk(strength=2.0)", imports=False) == pe.ntk(strength=2.0)
