@@ -35,6 +35,7 @@ from converters.stream import (
     write_sharded,
     write_text,
 )
+from converters.targets import check_destination, foreign_files
 from converters.verify import values as verification
 from converters.verify.digest import file_hashes
 
@@ -302,6 +303,8 @@ def convert(
     destination = Path(os.path.normpath(destination))
     if not destination.name:
         raise ValueError("destination: expected a path that ends in a name")
+    given = [source, *([base] if base is not None else []), *(parse_lora(lora)[0] for lora in loras)]
+    check_destination(destination, given, overwrite)
     merged = [(read_lora(path, ignore_unknown=ignore_unknown), weight) for path, weight in map(parse_lora, loras)]
     with open_checkpoint(source, trust_pickle=trust_pickle) as opened:
         # A sum is rounded once: to the type asked for, or from float32 to eight bits.
@@ -341,6 +344,7 @@ def convert(
             written = time.perf_counter()
             report["source"]["files"] = _hash_while_flushing(checkpoint.files, product, threads, progress)
             report["seconds"] = {"write": written - started, "flush": time.perf_counter() - written}
+            report["copied"] = foreign_files(product) if product.is_dir() else []
             if verify:
                 report["seconds"]["verify"] = _verify(
                     checkpoint, product, report, verify, allow_nonfinite, threads, progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -28,18 +29,62 @@ _EXPLAIN = {
 }
 
 
+def _partial(path: Path) -> str:
+    """How the temporary files of a target begin; short and plain however the target is called."""
+    return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
+
+
+def _lock(descriptor: int) -> bool:
+    """Takes an exclusive lock that ends with the process; False if another process has it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def remove_partials(path: str | os.PathLike[str]) -> None:
+    """Removes the temporary files of a target that killed runs left behind; those of runs still alive stay."""
+    path = Path(path)
+    if fcntl is None or not path.parent.is_dir():
+        return
+    pattern = re.compile(re.escape(_partial(path)) + "[0-9a-f]{16}" + re.escape(f".part{path.suffix}"))
+    for entry in os.listdir(path.parent):
+        if pattern.fullmatch(entry):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(path.parent / entry, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if _lock(descriptor):
+                        (path.parent / entry).unlink()
+                finally:
+                    os.close(descriptor)
+
+
+def _new_partial(path: Path) -> tuple[Path, int]:
+    """A temporary file of a target, and a descriptor that holds its lock."""
+    while True:
+        temporary = path.parent / f"{_partial(path)}{secrets.token_hex(8)}.part{path.suffix}"
+        held = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        # Another process may take it for a leftover before the lock is there; then there is another name.
+        if _lock(held) and temporary.exists():
+            return temporary, held
+        os.close(held)
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file to write, which takes the name ``path`` when the block ends well.
 
     The temporary file lies in the same folder and is flushed to the disk before the rename, so a crash leaves
-    either the old file or the new one.  If the block raises, it is removed and ``path`` is untouched.
+    either the old file or the new one.  If the block raises, it is removed and ``path`` is untouched; after a SIGKILL
+    the next run that writes ``path`` removes it.
 
     Args:
         path: the final name; replaced if it exists.  Its folder must exist.
 
     Yields:
-        The temporary file's path (an empty file, ending in the same suffix).
+        The temporary file's path (an empty file, ending in the same suffix); to be written in place, not replaced.
 
     Raises:
         OSError: with the usual error number and a message that says what to do.
@@ -47,23 +92,29 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; give a file name", str(path))
-    temporary = path.parent / f".{secrets.token_hex(8)}.part{path.suffix}"
+    remove_partials(path)
+    start = str(path.parent / _partial(path))
+    temporary = held = None
     try:
         try:
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            temporary, held = _new_partial(path)
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(errno.ENOENT, "the folder does not exist; create it first", str(path)) from None
         yield temporary
         flush(temporary)
         os.replace(temporary, path)
     except BaseException as exc:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         # Errors about other files, which the block may read, keep their own words.
-        ours = isinstance(exc, OSError) and exc.filename in (None, str(temporary))
+        ours = isinstance(exc, OSError) and (exc.filename is None or str(exc.filename).startswith(start))
         if ours and exc.errno in _EXPLAIN:
             raise OSError(exc.errno, f"{_EXPLAIN[exc.errno]} ({os.strerror(exc.errno)})", str(path)) from exc
         raise
+    finally:
+        if held is not None:
+            os.close(held)
     with contextlib.suppress(OSError):  # the file is in place; not every system can flush a folder
         _flush(path.parent, os.O_RDONLY)
 
@@ -90,7 +141,8 @@ def _flush(path: Path, flags: int) -> None:
 # -- staging: several files that appear together -------------------------------------------------------------------
 
 _LOCK = ".lock"
-_OLD = ".lock.old"  # what an overwritten destination is called until the new one is in place
+_OLD = ".lock.old"  # folder of what is overwritten, until everything new is in place
+_MOVING = ".lock.moving"  # names of the companions, once things begin to move
 
 
 def _stages(final: Path) -> list[Path]:
@@ -102,19 +154,43 @@ def _stages(final: Path) -> list[Path]:
 def _hold(stage: Path) -> int | None:
     """An exclusive lock on a staging folder, which ends with the process; None if another process has it."""
     descriptor = os.open(stage / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-    if fcntl is not None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            return None
+    if not _lock(descriptor):
+        os.close(descriptor)
+        return None
     return descriptor
+
+
+def _new_stage(final: Path) -> tuple[Path, int]:
+    """A staging folder of a destination, and a descriptor that holds its lock."""
+    while True:
+        stage = final.parent / f".{final.name}.partial-{secrets.token_hex(8)}"
+        stage.mkdir()
+        # Another process may take it for a leftover before the lock is there; then there is another name.
+        with contextlib.suppress(FileNotFoundError):
+            lock = _hold(stage)
+            if lock is not None:
+                return stage, lock
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """No other process is in such a block of the same folder, where the system can tell."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not every file system locks folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(final: str | os.PathLike[str]) -> list[Path]:
     """Removes what killed runs with this destination left behind; runs still alive keep theirs.
 
-    A destination that such a run had taken away to replace it, and did not replace, comes back.
+    What such a run had taken away to replace it, and did not replace, comes back.
 
     Returns:
         The folders that were removed.
@@ -125,13 +201,24 @@ def remove_leftovers(final: str | os.PathLike[str]) -> list[Path]:
     for stage in _stages(final):
         descriptor = _hold(stage)
         if descriptor is not None:
-            # Killed between taking the old destination away and putting the new one in its place.
-            if os.path.lexists(stage / _OLD) and not os.path.lexists(final):
-                os.replace(stage / _OLD, final)
+            if not os.path.lexists(final):
+                _bring_back(stage, final)
             shutil.rmtree(stage, ignore_errors=True)
             os.close(descriptor)
             removed.append(stage)
     return removed
+
+
+def _bring_back(stage: Path, final: Path) -> None:
+    """Undoes a move that was cut off between taking the old things away and putting the last new one in place."""
+    if (stage / _MOVING).is_file():
+        for name in (stage / _MOVING).read_text().splitlines():
+            # A name that is not there any more has been moved; nothing but companions of this destination is touched.
+            if name.startswith(f"{final.name}.") and Path(name).name == name and not os.path.lexists(stage / name):
+                (final.parent / name).unlink(missing_ok=True)
+    if (stage / _OLD).is_dir():
+        for old in (stage / _OLD).iterdir():
+            os.replace(old, final.parent / old.name)
 
 
 def explained(exc: OSError, path: Path) -> CheckpointError:
@@ -160,38 +247,47 @@ def staged(final: str | os.PathLike[str], *, overwrite: bool = False) -> Iterato
     final = Path(final)
     if not final.parent.is_dir():
         raise CheckpointError(f"{final.parent}: no such folder; create it first")
-    stage = final.parent / f".{final.name}.partial-{secrets.token_hex(8)}"
     try:
         remove_leftovers(final)  # may bring back a destination, so it comes before the question whether there is one
-        if os.path.lexists(final) and not overwrite:
-            raise CheckpointError(
-                f"{final}: already exists; choose another destination, or pass --overwrite to replace it"
-            )
-        stage.mkdir()
-        lock = _hold(stage)
+        if not overwrite:
+            _refuse_existing(final)
+        stage, lock = _new_stage(final)
     except OSError as exc:
         raise explained(exc, final) from exc
     try:
         yield stage
-        product = stage / final.name
-        companions = [entry for entry in stage.iterdir() if entry.name not in (_LOCK, final.name)]
-        old = None
-        if os.path.lexists(final):
-            old = stage / _OLD
-            os.replace(final, old)
-        try:
-            for companion in companions:
-                os.replace(companion, final.parent / companion.name)
-            os.replace(product, final)
-        except OSError:
-            if old is not None and not os.path.lexists(final):
-                os.replace(old, final)
-            raise
+        with _one_at_a_time(final.parent):
+            _move(stage, final, overwrite)
         with contextlib.suppress(OSError):
             _flush(final.parent, os.O_RDONLY)
     except OSError as exc:
         raise explained(exc, final) from exc
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        os.close(lock)
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path}: already exists; choose another destination, or pass --overwrite to replace it")
+
+
+def _move(stage: Path, final: Path, overwrite: bool) -> None:
+    """What lies in a staging folder to its place, the product last."""
+    names = [entry.name for entry in stage.iterdir() if entry.name not in (_LOCK, final.name)]
+    targets = [final.parent / name for name in (*names, final.name)]
+    if not overwrite:  # it may have come to be since the start, by another process
+        for target in targets:
+            _refuse_existing(target)
+    (stage / _OLD).mkdir()
+    (stage / _MOVING).write_text("\n".join(names))
+    try:
+        for target in targets:
+            if os.path.lexists(target):
+                os.replace(target, stage / _OLD / target.name)
+        for target in targets:
+            os.replace(stage / target.name, target)
+    except OSError:
+        if not os.path.lexists(final):
+            _bring_back(stage, final)
+        raise

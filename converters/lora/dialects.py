@@ -30,6 +30,7 @@ from converters.lora.factors import Factors, Lora, combine, fold, inverse_rows, 
 from converters.reading.formats import read_json
 from converters.reading.sources import MappedSource, OrbaxSource, Source, is_orbax
 from converters.stream import Output, Progress, write_orbax, write_safetensors
+from converters.targets import check_destination
 
 DIALECTS = ("diffusers", "kohya", "bfl", "ai-toolkit", "xlabs", "orbax")
 _FUSED_XLABS = ("width",) * 3
@@ -474,6 +475,7 @@ def convert_lora(
         ValueError: an unknown dialect.
     """
     destination = Path(destination)
+    check_destination(destination, [source], overwrite)
     lora = read_lora(source, ignore_unknown=ignore_unknown)
     tensors = express(lora, to)
     outputs = [Output(name, value.shape, value.dtype, lambda value=value: [value]) for name, value in tensors.items()]

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -94,3 +96,31 @@ def test_bad_targets(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(FileNotFoundError, match="folder does not exist"), atomic_path(tmp_path / "file" / "out"):
         pass
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
+    """Of the same target only, and not while its writer lives."""
+    code = (
+        "import os, signal, sys\n"
+        "from sega_jax.files import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    print(temporary.name, flush=True)\n"
+        "    input()\n"
+    )
+    names = []
+    processes = []
+    for target in ("a.png", "b.png"):
+        command = [sys.executable, "-c", code, str(tmp_path / target)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        names.append(process.stdout.readline().strip())
+        processes.append(process)
+    with atomic_path(tmp_path / "a.png") as temporary:
+        temporary.write_text("whole")
+    assert sorted(leftovers(tmp_path)) == sorted(["a.png", *names])
+    for process in processes:
+        process.kill()
+        process.communicate()
+    with atomic_path(tmp_path / "a.png") as temporary:
+        temporary.write_text("whole")
+    assert sorted(leftovers(tmp_path)) == sorted(["a.png", names[1]])

@@ -164,6 +164,51 @@ convert({str(new)!r}, {str(tmp_path / "out")!r}, to="diffusers", overwrite=True,
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["new", "old", "out"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("last", ["out.conversion.json", "out"])
+def test_sigkill_at_any_move_of_a_file_with_its_report(tmp_path, tiny, last, overwrite):
+    """Killed after every rename: the old file with its old report or nothing, and the same run goes through later."""
+    source = tiny.component(tmp_path / "source", "vae")
+    if overwrite:
+        convert(source, tmp_path / "out", to="bfl", dtype="f16", progress=False)
+        (tmp_path / "out").rename(tmp_path / "out.safetensors")
+        (tmp_path / "out.conversion.json").rename(tmp_path / "out.safetensors.conversion.json")
+    target = tmp_path / "out.safetensors" if overwrite else tmp_path / "out"
+    last = last.replace("out", target.name)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    code = f"""
+import os, signal
+from converters import files
+real = os.replace
+def replace(source, target):
+    if os.path.basename(target) == {last!r} and ".old" not in str(target):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+files.os.replace = replace
+from converters.convert import convert
+convert({str(source)!r}, {str(target)!r}, to="bfl", overwrite={overwrite}, progress=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    from converters.files import remove_leftovers
+
+    remove_leftovers(target)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    convert(source, target, to="bfl", overwrite=overwrite, verify="exact", progress=False)
+    names = sorted(entry.name for entry in tmp_path.iterdir())
+    assert names == sorted(["source", target.name, f"{target.name}.conversion.json"])
+
+
+def test_two_conversions_at_once_do_not_replace_each_other(tmp_path, tiny):
+    from converters.files import staged
+
+    with pytest.raises(CheckpointError, match="already exists"), staged(tmp_path / "out") as stage:
+        (stage / "out").write_text("ours")
+        (tmp_path / "out").write_text("theirs")  # it came to be meanwhile
+    assert (tmp_path / "out").read_text() == "theirs"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_living_run_keeps_its_folder(tmp_path, tiny):
     from converters.files import remove_leftovers, staged
 
