@@ -181,11 +181,14 @@ def _hub() -> list[Finding]:
 
 
 def _compilation_cache() -> list[Finding]:
-    from sega_jax.runtime.cache import use_compilation_cache
+    from sega_jax.runtime.cache import cache_folder, use_compilation_cache
 
     folder = use_compilation_cache()
-    if folder is None:
+    if folder is None and cache_folder() is None:
         return [Finding("compile cache", None, "off (SEGA_JAX_CACHE=off)", "note", "unset SEGA_JAX_CACHE")]
+    if folder is None:
+        text = f"{cache_folder()} is not this user's own, so nothing is kept there"
+        return [Finding("compile cache", None, text, "note", "set SEGA_JAX_CACHE to a folder of your own")]
     files = [entry.stat().st_size for entry in folder.glob("*") if entry.is_file()] if folder.is_dir() else []
     disk = _disk(folder, "compile cache", 2**30, "SEGA_JAX_CACHE")
     text = f"{disk.text}; holds {_size(sum(files))} in {len(files)} files"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -271,11 +273,57 @@ def test_what_does_not_run_is_not_kept(monkeypatch, undecided, tmp_path):
 def test_it_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("SEGA_JAX_CACHE", str(tmp_path))
     toolchain.library()
-    assert len(list((tmp_path / "kernels").iterdir())) == 1
-    monkeypatch.setattr(toolchain, "_build", None)
+    assert len(list((tmp_path / "kernels").glob("*.so"))) == 1
+    monkeypatch.setattr(toolchain, "_built", None)
     toolchain.library()
     with pytest.raises(TypeError):
         toolchain.library("-O1")  # other flags, another library
+
+
+@pytest.fixture(scope="module")
+def library_file(tmp_path_factory):
+    """A compiled library, of which each test gets copies."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SEGA_JAX_CACHE", str(tmp_path_factory.mktemp("compiled")))
+        toolchain.library()
+        (kept,) = (toolchain.cache_folder() / "kernels").glob("*.so")
+    return kept
+
+
+@pytest.mark.parametrize("damage", ["half", "other", "0666", "folder"])
+def test_a_kept_library_that_may_be_somebody_elses_is_compiled_anew(monkeypatch, tmp_path, damage, library_file):
+    def built(_command, folder):
+        return Path(shutil.copyfile(library_file, Path(folder) / "attention.so"))
+
+    monkeypatch.setenv("SEGA_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(toolchain, "_built", built)
+    toolchain.library()
+    (kept,) = (tmp_path / "kernels").glob("*.so")
+    whole = kept.read_bytes()
+    kept.rename(tmp_path / "mapped by this process")
+    shutil.copyfile(tmp_path / "mapped by this process", kept)
+    match damage:
+        case "half":  # mapping it would be a SIGBUS
+            kept.write_bytes(whole[: len(whole) // 2])
+        case "other":
+            kept.write_bytes(b"not a library")
+        case "0666":
+            kept.chmod(0o666)
+        case "folder":
+            kept.parent.chmod(0o777)
+    assert toolchain.library().sega_attention
+    assert kept.read_bytes() == whole
+    assert (kept.stat().st_mode & 0o777, kept.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+def test_the_trial_imports_nothing_from_the_users_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("SEGA_JAX_CACHE", "off")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for module in ("ctypes", "sys", "encodings"):
+        (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert toolchain.library().sega_attention
+    assert not (tmp_path / "ran").exists()
 
 
 def test_threads_that_need_it_at_once_compile_it_once(monkeypatch, undecided):

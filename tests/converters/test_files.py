@@ -199,12 +199,16 @@ convert({str(source)!r}, {str(target)!r}, to="bfl", overwrite={overwrite}, progr
     assert names == sorted(["source", target.name, f"{target.name}.conversion.json"])
 
 
-def test_two_conversions_at_once_do_not_replace_each_other(tmp_path, tiny):
+def test_two_conversions_at_once_do_not_replace_each_other(tmp_path):
     from converters.files import staged
 
-    with pytest.raises(CheckpointError, match="already exists"), staged(tmp_path / "out") as stage:
-        (stage / "out").write_text("ours")
-        (tmp_path / "out").write_text("theirs")  # it came to be meanwhile
+    def write():
+        with staged(tmp_path / "out") as stage:
+            (stage / "out").write_text("ours")
+            (tmp_path / "out").write_text("theirs")  # it came to be meanwhile
+
+    with pytest.raises(CheckpointError, match="already exists"):
+        write()
     assert (tmp_path / "out").read_text() == "theirs"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 

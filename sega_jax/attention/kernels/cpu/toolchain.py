@@ -26,8 +26,8 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from converters.files import atomic_path
 from sega_jax.runtime.cache import cache_folder
+from sega_jax.runtime.private import is_kept, keep, private_folder
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-w")
@@ -70,9 +70,10 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _asked(command: list[str], what: str) -> str:
+def _asked(command: list[str], what: str, folder: str) -> str:
+    """A command's output; it runs in ``folder``, since the user's may hold anything."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=folder)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ToolchainError(f"{what}: {error}") from error
     if done.returncode:
@@ -82,20 +83,34 @@ def _asked(command: list[str], what: str) -> str:
     return done.stdout
 
 
-# loaded by itself: a library that crashes when its processor check runs must not take the user's process along
-_TRIAL = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).sega_has_tiles()"
+# Loaded by itself: a library that crashes when its processor check runs must not take the user's process along.
+# -I: neither the folder it runs in nor the environment says what is imported.
+_TRIAL = ("-I", "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1]).sega_has_tiles()")
 
 
-def _build(target: Path, command: list[str]) -> None:
-    """Compile and try out; ``target`` appears whole or not at all."""
+def _built(command: list[str], folder: str) -> Path:
+    """Compiled and tried out, in an empty folder of this process."""
     logger.info("compiling the attention kernel for this processor")
-    with atomic_path(target) as made:  # ld.so would crash on a file that is cut off
-        _asked([*command, "-o", str(made)], f"{command[0]} cannot compile it")
-        _asked([sys.executable, "-c", _TRIAL, str(made)], "what was compiled does not run here")
+    made = Path(folder) / "attention.so"
+    _asked([*command, "-o", str(made)], f"{command[0]} cannot compile it", folder)
+    _asked([sys.executable, *_TRIAL, str(made)], "what was compiled does not run here", folder)
+    return made
+
+
+def _kept() -> Path | None:
+    """The folder of compiled kernels, private to the user; None where nothing is to be kept or can be."""
+    folder = cache_folder()
+    if folder is None:
+        return None
+    try:
+        return private_folder(folder / "kernels")
+    except OSError as error:
+        logger.warning("the attention kernel cannot be kept: %s", error)
+        return None
 
 
 def library(*extra: str) -> ctypes.CDLL:
-    """The compiled kernel, from the cache if it is there.
+    """The compiled kernel, from the cache if it is there as it was written.
 
     Args:
         extra: further flags of the compiler.
@@ -104,24 +119,22 @@ def library(*extra: str) -> ctypes.CDLL:
         ToolchainError: it cannot be compiled here.
     """
     command = [*compiler(), *FLAGS, *extra, "-isystem", jax.ffi.include_dir(), str(SOURCES / "attention.cc")]
-    told = _asked([*command[:1], "--version"], f"{command[0]} does not run")
+    told = _asked([*command[:1], "--version"], f"{command[0]} does not run", os.sep)
     parts = [path.read_text() for path in sorted([*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")])]
     parts += [*command, told, jaxlib.__version__, _processor()]
     name = f"attention-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
-    folder = cache_folder()
-    if folder is not None:
-        kept = folder / "kernels" / name
-        with contextlib.suppress(OSError):  # it is not there
-            return ctypes.CDLL(str(kept))
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            _build(kept, command)
-            return ctypes.CDLL(str(kept))
-        except OSError as error:
-            logger.warning("the attention kernel cannot be kept in %s (%s)", kept.parent, error)
+    folder = _kept()
+    if folder is not None and is_kept(folder / name):
+        with contextlib.suppress(OSError):  # of another processor, with a folder shared between machines
+            return ctypes.CDLL(str(folder / name))
     with tempfile.TemporaryDirectory() as temporary:  # once loaded, its file is not needed any more
-        made = Path(temporary) / name
-        _build(made, command)
+        made = _built(command, temporary)
+        if folder is not None:
+            try:
+                keep(folder / name, made.read_bytes())
+                return ctypes.CDLL(str(folder / name))
+            except OSError as error:
+                logger.warning("the attention kernel cannot be kept in %s (%s)", folder, error)
         return ctypes.CDLL(str(made))
 
 
