@@ -102,7 +102,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
     """Of the same target only, and not while its writer lives."""
     code = (
         "import os, signal, sys\n"
-        "from sega_jax.files import atomic_path\n"
+        "from converters.files import atomic_path\n"
         "with atomic_path(sys.argv[1]) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    print(temporary.name, flush=True)\n"
