@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--overwrite", action="store_true", help="replace an existing destination")
     convert.add_argument("--base", help="pipeline folder that gives tokenisers and scheduler to a single file")
     convert.add_argument("--lora", action="append", default=[], help="merge a LoRA: FILE or FILE:WEIGHT; repeatable")
-    convert.add_argument("--ignore-unknown", action="store_true", help="leave out keys of a LoRA that fit nothing")
+    convert.add_argument("--ignore-unknown", action="store_true", help="leave out what of a LoRA fits nothing")
     convert.add_argument("--max-shard-size", default="10GB", help="largest file of a diffusers component")
     convert.add_argument(
         "--trust-pickle", action="store_true", help="read .pt and .ckpt files, with torch's weights-only loader"

@@ -20,8 +20,7 @@ from converters.components import CONFIG_KEY, Checkpoint, Part, open_checkpoint
 from converters.errors import CheckpointError
 from converters.files import flush, staged
 from converters.keymap import OPERATIONS, Tensor
-from converters.lora.dialects import read_lora
-from converters.lora.factors import merge, parse_lora
+from converters.lora import Lora, fitting, merge, parse_lora, read_lora
 from converters.reading.formats import inside, read_json, read_pipeline
 from converters.reading.quantised import DEQUANTISED_KEY, FORMATS, Format, quantised
 from converters.reading.sources import is_float
@@ -268,7 +267,7 @@ def convert(
         overwrite: replace an existing destination.
         base: a pipeline folder to take the model index, scheduler and tokenisers from, for sources without them.
         loras: LoRA files to merge into the weights, each as ``path`` or ``path:weight``.
-        ignore_unknown: leave out keys of a LoRA that belong to nothing known.
+        ignore_unknown: leave out what of a LoRA fits nothing: unknown keys, components and layers the checkpoint lacks.
         max_shard_size: largest file of a ``diffusers`` component.
         allow_nonfinite: with ``verify``, report NaN and infinity instead of refusing them.
         workers: threads; default up to four.
@@ -309,6 +308,7 @@ def convert(
     with open_checkpoint(source, trust_pickle=trust_pickle) as opened:
         # A sum is rounded once: to the type asked for, or from float32 to eight bits.
         summed = DTYPES["f32"] if form is not None else DTYPES[dtype] if dtype else None
+        merged, left_out = _fitted(merged, opened) if ignore_unknown else (merged, {})
         checkpoint = merge(opened, merged, summed) if merged else opened
         if verify == "forward":
             import converters.verify.forward  # noqa: F401  before any work, so that a missing torch is said at once
@@ -330,7 +330,10 @@ def convert(
                 "name": Path(source).name,
                 "layout": checkpoint.layout,
             },
-            "loras": [{"name": lora.name, "weight": weight} for lora, weight in merged],
+            "loras": [
+                {"name": lora.name, "weight": weight} | ({"left_out": left_out[i]} if left_out.get(i) else {})
+                for i, (lora, weight) in enumerate(merged)
+            ],
             "to": to,
             "dtype": form.name if form is not None else kind.name if kind is not None else "kept",
             "bytes": needed,
@@ -353,6 +356,15 @@ def convert(
             write_text(beside, json.dumps(report, indent=1))
             flush(beside)
     return report
+
+
+def _fitted(
+    loras: Sequence[tuple[Lora, float]], checkpoint: Checkpoint
+) -> tuple[list[tuple[Lora, float]], dict[int, list[str]]]:
+    """LoRAs without what the checkpoint has no place for, and what that is by the LoRA's number."""
+    found = [fitting(lora, checkpoint.parts, checkpoint.path) for lora, _ in loras]
+    kept = [(lora, weight) for (lora, _), (_, weight) in zip(found, loras, strict=True)]
+    return kept, {number: left_out for number, (_, left_out) in enumerate(found)}
 
 
 def _hash_while_flushing(files: Sequence[Path], product: Path, threads: int, progress: bool) -> list[dict[str, Any]]:

@@ -45,7 +45,10 @@ def summary(report: Mapping[str, Any]) -> str:
         f"{report['created']}"
     ]
     for lora in report.get("loras", ()):
-        lines.append(f"  merged {lora['name']} with weight {lora['weight']:g}")
+        line = f"  merged {lora['name']} with weight {lora['weight']:g}"
+        if left_out := lora.get("left_out"):
+            line += f", without {len(left_out)} changes that fit nothing ({', '.join(left_out[:3])})"
+        lines.append(line)
     for name, part in report["components"].items():
         counts = f"{part['tensors']} tensors, {part['slots']} parameters"
         line = f"  {name}: {counts}, configuration from {part['config_from']}"

@@ -322,11 +322,13 @@ def is_ml(dtype: np.dtype) -> bool:
     return dtype.name.startswith(("bfloat", "float8"))
 
 
-def write_orbax(folder: Path, outputs: Sequence[Output], workers: int, progress: Progress) -> None:
+def write_orbax(
+    folder: Path, outputs: Sequence[Output], workers: int, progress: Progress, metadata: Mapping[str, str] | None = None
+) -> None:
     """An Orbax PyTree checkpoint (zarr, uncompressed) in an existing folder; plain Orbax restores it."""
 
     def task(output: Output) -> Callable[[], None]:
         return lambda: _write_orbax_array(folder, output, progress)
 
     in_parallel([task(output) for output in outputs], workers)
-    write_text(folder / TREE_FILE, tree_metadata([output.name for output in outputs]))
+    write_text(folder / TREE_FILE, tree_metadata([output.name for output in outputs], metadata))

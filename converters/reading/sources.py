@@ -272,8 +272,10 @@ class OrbaxSource:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self.metadata: dict[str, str] = {}
         tree = read_json(folder / TREE_FILE)
+        custom = tree.get("custom_metadata")
+        pairs = custom.items() if isinstance(custom, dict) else ()
+        self.metadata: dict[str, str] = {name: text for name, text in pairs if isinstance(text, str)}
         self._ocdbt = bool(tree.get("use_ocdbt")) or (folder / "manifest.ocdbt").exists()
         self._driver = "zarr3" if tree.get("use_zarr3") else "zarr"
         self._specs: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
@@ -408,7 +410,7 @@ def _tree_names(tree: dict, folder: Path) -> list[str]:
     return names
 
 
-def tree_metadata(names: Sequence[str]) -> str:
+def tree_metadata(names: Sequence[str], metadata: Mapping[str, str] | None = None) -> str:
     """Orbax's description of a tree of nested dictionaries whose dotted names are given, as JSON."""
     entries = {
         str(tuple(name.split("."))): {
@@ -423,6 +425,6 @@ def tree_metadata(names: Sequence[str]) -> str:
             "use_ocdbt": False,
             "use_zarr3": False,
             "store_array_data_equal_to_fill_value": True,
-            "custom_metadata": None,
+            "custom_metadata": dict(metadata) if metadata else None,
         }
     )

@@ -39,7 +39,7 @@ class Convert:
     allow_nonfinite: Annotated[bool, option("", "off")] = False
     """With --verify: report NaN and infinity instead of refusing them."""
     ignore_unknown: Annotated[bool, option("", "off")] = False
-    """Leave out keys of a LoRA that belong to nothing known."""
+    """Leave out what of a LoRA fits nothing: unknown keys, components and blocks the checkpoint lacks."""
     trust_pickle: Annotated[bool, option("", "off")] = False
     """Read .pt and .ckpt files, with torch's weights-only loader."""
     overwrite: Annotated[bool, option("", "off")] = False

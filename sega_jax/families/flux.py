@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from converters.components import open_component
 from converters.errors import CheckpointError
-from converters.lora.factors import changes
+from converters.lora import changes
 from converters.reading.formats import read_json
 from sega_jax.families.base import Outline, Parts, abstract_component, configured, load_component
 from sega_jax.models.clip import ClipConfig, ClipTextEncoder

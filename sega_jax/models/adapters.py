@@ -24,8 +24,7 @@ from safetensors.numpy import save as save_safetensors
 from converters.errors import CheckpointError
 from converters.files import atomic_path
 from converters.keymap import Slot
-from converters.lora.dialects import express
-from converters.lora.factors import Factors, Lora
+from converters.lora import Factors, Lora, express
 from converters.reading.formats import open_tensors
 from sega_jax.models.abstract import axes, parameters
 from sega_jax.models.layers import Linear
@@ -148,7 +147,7 @@ def from_factors(
 
     Args:
         transformer: real or abstract; only shapes are read.
-        factors: the transformer's part of a `converters.lora.factors.Lora`.
+        factors: the transformer's part of a `converters.lora.Lora`.
         weight: multiplies the change.
         name: for messages.
 

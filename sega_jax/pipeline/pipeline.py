@@ -154,7 +154,7 @@ class Pipeline:
         """This pipeline with a LoRA for the small stream of layout ``"scale-dit"``; other layouts do not see it.
 
         Args:
-            lora: file of any dialect that `converters.lora.dialects` reads (``"file:weight"`` to weaken it).
+            lora: file of any dialect that `converters.lora` reads (``"file:weight"`` to weaken it).
 
         Raises:
             CheckpointError: not a LoRA, or not one of a guidance stream.

@@ -90,7 +90,7 @@ def fill(
         dtype: dtype of the loaded parameters, but for int8 kernels and their scales.
         shardings: where a parameter goes, from its path and its abstract value (which has its logical axes); a
             process then only holds on its devices what they need.  None, or a None from it: the default device.
-        changes: made to slices as they are read, before the cast (`converters.lora.factors.changes`).
+        changes: made to slices as they are read, before the cast (`converters.lora.changes`).
 
     Raises:
         CoverageError: if the checkpoint does not cover the model exactly.

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.lora.dialects import read_lora
-from converters.lora.factors import Lora, parse_lora
+from converters.lora import Lora, lora_files, parse_lora, read_lora
 
 PathLike = str | os.PathLike[str]
 
@@ -41,7 +40,7 @@ class LoraSpec:
         """The LoRA.
 
         Raises:
-            CheckpointError: as `converters.lora.dialects.read_lora`.
+            CheckpointError: as `converters.lora.read_lora`.
         """
         return read_lora(Path(self.file).expanduser())
 
@@ -76,10 +75,18 @@ def _spec(entry: PathLike | tuple[PathLike, int | float] | Mapping | LoraSpec) -
     path = Path(file).expanduser()
     if not entry or not path.exists():
         raise ValueError(f"LoRA {file!r}: no such file or folder")
-    digest = content_digest(path)
+    digest = _lora_digest(path)
     if known not in (None, digest):
         raise ValueError(f"LoRA {file!r} has changed since the picture was made; give --lora")
     return LoraSpec(file, float(weight), digest)
+
+
+def _lora_digest(path: Path) -> str:
+    """`content_digest` of what makes up a LoRA: settings that lie beside a file decide its scale, so they count."""
+    config = lora_files(path)[1] if path.is_file() else None
+    if config is None:
+        return content_digest(path)
+    return hashlib.sha256(f"{content_digest(path)} {content_digest(config)}".encode()).hexdigest()
 
 
 def content_digest(path: Path) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from converters.convert import convert
 from converters.errors import CheckpointError
-from converters.lora.dialects import convert_lora
+from converters.lora import convert_lora
 
 
 @pytest.fixture

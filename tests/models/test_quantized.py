@@ -12,8 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from converters.convert import convert
 from converters.keymap import Slot
-from converters.lora.dialects import express
-from converters.lora.factors import Factors, Lora
+from converters.lora import Factors, Lora, express
 from sega_jax import positional as pe
 from sega_jax.families.registry import load_parts
 from sega_jax.layouts.dense import Dense

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from converters.keymap import Slot, expand
 from converters.keymaps import flux
-from converters.lora.dialects import express, read_lora
-from converters.lora.factors import Factors, Lora
+from converters.lora import Factors, Lora, express, read_lora
 
 WIDTH = 3072
 CONFIG = {

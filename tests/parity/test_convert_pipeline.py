@@ -13,8 +13,7 @@ from safetensors.numpy import save_file
 
 from converters.components import open_component
 from converters.convert import convert
-from converters.lora.dialects import express
-from converters.lora.factors import Factors, Lora
+from converters.lora import Factors, Lora, express
 from sega_jax.families.registry import load_parts
 from sega_jax.models.abstract import parameters
 from sega_jax.weights.hub import resolve

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from converters.errors import CheckpointError
-from converters.lora.dialects import read_lora
+from converters.lora import read_lora
 from sega_jax import positional as pe
 from sega_jax.geometry import RopeSpec
 from sega_jax.models import adapters as A

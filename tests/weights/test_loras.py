@@ -8,8 +8,7 @@ from converters.components import open_component
 from converters.convert import convert
 from converters.errors import CheckpointError
 from converters.keymap import Slot
-from converters.lora.dialects import DIALECTS, convert_lora, express
-from converters.lora.factors import Factors, Lora
+from converters.lora import DIALECTS, Factors, Lora, convert_lora, express
 from sega_jax.families.registry import load_parts
 from sega_jax.models.abstract import parameters
 from sega_jax.weights.hub import resolve

@@ -12,8 +12,7 @@ from converters.__main__ import main
 from converters.convert import convert
 from converters.errors import CheckpointError
 from converters.keymap import Slot
-from converters.lora.dialects import DIALECTS, convert_lora, express, read_lora
-from converters.lora.factors import Factors, Lora, parse_lora
+from converters.lora import DIALECTS, Factors, Lora, convert_lora, express, parse_lora, read_lora
 
 WIDTH, TEXT, HIDDEN = 48, 24, 64
 BOUND = 1e-6
