@@ -140,6 +140,22 @@ def create(transformer: nnx.Module, rank: int, key: jax.Array, targets: Iterable
     return Adapters(layers)
 
 
+def from_lora(transformer: nnx.Module, lora: Lora, *, weight: float = 1.0) -> Adapters:
+    """`from_factors` of a LoRA that changes layers of the transformer and nothing else.
+
+    Raises:
+        CheckpointError: as `from_factors`, or it changes other components, or replaces or adds to norms and biases.
+    """
+    others = sorted(lora.components - {"transformer"})
+    others += ["values of norms and biases"] * bool(lora.replaced or lora.added)
+    if others:
+        raise CheckpointError(
+            f"{lora.name}: no LoRA of a guidance stream: it also changes {', '.join(others)}; merge it into the "
+            "weights instead: sega-jax convert"
+        )
+    return from_factors(transformer, lora.factors.get("transformer", {}), weight=weight, name=lora.name)
+
+
 def from_factors(
     transformer: nnx.Module, factors: Mapping[Slot, Factors], *, weight: float = 1.0, name: str = "LoRA"
 ) -> Adapters:
@@ -165,7 +181,11 @@ def from_factors(
             what = "changes a bias of" if factor.bias is not None else "changes"
             problems.append(f"{what} {layer}, which the guidance stream has no use for")
             continue
-        shape = params[f"{layer}.kernel"].shape[-2:]
+        *lead, into, out = params[f"{layer}.kernel"].shape
+        shape = (into, out)
+        if slot.index is not None and not (lead and slot.index < lead[0]):
+            problems.append(f"{layer} has {lead[0] if lead else 'no'} layers, the LoRA changes number {slot.index}")
+            continue
         if (factor.a.shape[1], factor.b.shape[0]) != shape:
             problems.append(f"{layer} is {shape}, the LoRA is for {(factor.a.shape[1], factor.b.shape[0])}")
             continue

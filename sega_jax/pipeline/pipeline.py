@@ -29,7 +29,7 @@ from sega_jax.layouts.streams import Layout
 from sega_jax.media.images import Image, load_image
 from sega_jax.media.latents import load_latents
 from sega_jax.models.abstract import Component
-from sega_jax.models.adapters import attach, from_factors, guidance_settings
+from sega_jax.models.adapters import attach, from_lora, guidance_settings
 from sega_jax.models.quantized import Weights, check_weights
 from sega_jax.models.vae import normalize, sample_posterior
 from sega_jax.pipeline.planning import Plan
@@ -162,8 +162,7 @@ class Pipeline:
         (spec,) = lora_specs([lora])
         old = self.parts.transformer
         module = nnx.merge(old.graphdef, old.params)
-        factors = spec.read().factors.get("transformer", {})
-        changed = attach(module, from_factors(module, factors, weight=spec.weight, name=spec.file))
+        changed = attach(module, from_lora(module, spec.read(), weight=spec.weight))
         component = Component.of(changed)
         if self.mesh is not None:
             component = replace(component, params=place_parameters(component.params, self.mesh))

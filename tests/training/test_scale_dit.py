@@ -191,6 +191,16 @@ def test_loras_of_other_kinds_are_refused(transformer):
         A.from_factors(module, factors)
     with pytest.raises(CheckpointError, match="changes no layer"):
         A.from_factors(module, {})
+    one = {A.Slot("single.attention.query.kernel", 0): A.Factors(np.ones((2, 32), "f4"), np.ones((32, 2), "f4"))}
+    bias, norm = A.Slot("image_embed.bias"), A.Slot("single.attention.query_norm.scale", 0)
+    for more, words in (
+        ({"added": {"transformer": {bias: np.ones(32, "f4")}}}, "values of norms and biases"),
+        ({"replaced": {"transformer": {norm: np.ones(16, "f4")}}}, "values of norms and biases"),
+        ({"factors": {"transformer": one, "text_encoder": one}}, "also changes text_encoder"),
+        ({"factors": {"transformer": {A.Slot("single.attention.query.kernel", 99): next(iter(one.values()))}}}, "99"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            A.from_lora(module, A.Lora(**({"factors": {"transformer": one}} | more)))
 
 
 @pytest.mark.parametrize(
