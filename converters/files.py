@@ -172,21 +172,6 @@ def _new_stage(final: Path) -> tuple[Path, int]:
                 return stage, lock
 
 
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """No other process is in such a block of the same folder, where the system can tell."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not every file system locks folders
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def remove_leftovers(final: str | os.PathLike[str]) -> list[Path]:
     """Removes what killed runs with this destination left behind; runs still alive keep theirs.
 
@@ -214,8 +199,10 @@ def _bring_back(stage: Path, final: Path) -> None:
     if (stage / _MOVING).is_file():
         for name in (stage / _MOVING).read_text().splitlines():
             # A name that is not there any more has been moved; nothing but companions of this destination is touched.
-            if name.startswith(f"{final.name}.") and Path(name).name == name and not os.path.lexists(stage / name):
-                (final.parent / name).unlink(missing_ok=True)
+            entry, target = stage / name, final.parent / name
+            ours = name.startswith(f"{final.name}.") and Path(name).name == name and target.exists()
+            if ours and (not os.path.lexists(entry) or os.path.samefile(entry, target)):
+                target.unlink()
     if (stage / _OLD).is_dir():
         for old in (stage / _OLD).iterdir():
             os.replace(old, final.parent / old.name)
@@ -256,8 +243,7 @@ def staged(final: str | os.PathLike[str], *, overwrite: bool = False) -> Iterato
         raise explained(exc, final) from exc
     try:
         yield stage
-        with _one_at_a_time(final.parent):
-            _move(stage, final, overwrite)
+        _move(stage, final, overwrite)
         with contextlib.suppress(OSError):
             _flush(final.parent, os.O_RDONLY)
     except OSError as exc:
@@ -283,11 +269,29 @@ def _move(stage: Path, final: Path, overwrite: bool) -> None:
     (stage / _MOVING).write_text("\n".join(names))
     try:
         for target in targets:
-            if os.path.lexists(target):
+            with contextlib.suppress(FileNotFoundError):
                 os.replace(target, stage / _OLD / target.name)
         for target in targets:
-            os.replace(stage / target.name, target)
+            _put(stage / target.name, target)
     except OSError:
         if not os.path.lexists(final):
             _bring_back(stage, final)
         raise
+
+
+def _put(entry: Path, target: Path) -> None:
+    """Moves a file or folder to where nothing is.
+
+    Raises:
+        CheckpointError: another process has put something there meanwhile.
+    """
+    try:
+        if entry.is_dir():
+            os.rename(entry, target)  # over a folder that holds something it fails
+        else:
+            os.link(entry, target)  # unlike renaming, it fails over a file
+            entry.unlink()
+    except OSError as exc:
+        if os.path.lexists(target):
+            raise CheckpointError(f"{target}: already exists, another run has written it meanwhile") from exc
+        os.replace(entry, target)  # a file system without links

@@ -30,6 +30,8 @@ STORAGE: dict[str, np.dtype] = {
         "F8_E5M2": ml_dtypes.float8_e5m2,
     }.items()
 }  # fmt: skip
+_LARGEST = 1 << 40  # bytes of one array
+_MOST_CHUNKS = 100_000  # of one array, each a file
 _EXPANSION = 1000  # a compressed checkpoint that claims more bytes per stored byte than this is refused
 
 
@@ -312,6 +314,13 @@ class OrbaxSource:
             raise CheckpointError(f"{path}: not a zarr array description ({exc!r})") from exc
         if not sound:
             raise CheckpointError(f"{path}: not a zarr array description this tool can read: {spec}")
+        # Before any chunk is listed: an array of that many chunks has as many files.
+        grid = math.prod(-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True))
+        wide = math.prod(chunks) > 4 * math.prod(shape) + 1024  # a chunk is decompressed as a whole
+        if math.prod(shape) * dtype.itemsize > _LARGEST or grid > _MOST_CHUNKS or wide:
+            raise CheckpointError(
+                f"{path}: an array of shape {str(shape)[:80]} in {grid} chunks of {str(chunks)[:80]}; damaged"
+            )
         if spec.get("compressor") is None and not spec.get("filters"):
             self._zarr[name] = {"chunks": chunks, "order": spec["order"]}
             for file, count in self._chunk_files(name, shape):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
+import os
 import re
-import shutil
+import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,15 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from converters.errors import CheckpointError
 from converters.files import flush, remove_leftovers, staged
+from sega_jax.sampling import states
 from sega_jax.sampling.sampler import State
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one folder are then not kept apart
+    fcntl = None
 
 Request = Mapping[str, Any]
 _STEP = re.compile(r"step-(\d{6})")
+_PART = re.compile(r"batch-\d{4,}")  # as `Pipeline.generate` calls the parts of a run
+_LEFT = re.compile(r"\.(step-\d{6})\.partial-[0-9a-f]{16}")  # of a process that was killed while it saved
+_CLAIMED: dict[Path, int] = {}  # folders that this process has locked, with the descriptor that holds the lock
 
 
 class Stopped(Exception):
@@ -81,7 +89,7 @@ class Checkpoint:
         Raises:
             CheckpointError: it cannot be written.
         """
-        probe = self.folder / ".probe"
+        probe = self.folder / f".{secrets.token_hex(8)}.probe"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"x")
@@ -95,8 +103,8 @@ class Checkpoint:
         """Steps of the states on disk, ascending."""
         if not self.folder.is_dir():
             return []
-        found = (_STEP.fullmatch(entry.name) for entry in self.folder.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        found = [entry for entry in self.folder.iterdir() if states.is_state(entry)]
+        return sorted(int(match[1]) for entry in found if (match := _STEP.fullmatch(entry.name)))
 
     def start(self, request: Request, state: State) -> tuple[int, State]:
         """Where to go on: steps done and state; 0 and ``state`` as given for a new run.
@@ -111,24 +119,44 @@ class Checkpoint:
         steps = self.saved()
         if not steps:
             self.prepare()
+            self._claim()
             return 0, state
-        folder = self._folder(steps[-1])
+        self._refuse_other(steps[-1], request)
+        self._claim()
+        return steps[-1], states.read(self._folder(steps[-1]), steps[-1], state)
+
+    def look(self) -> None:
+        """What can be said before anything is computed of a state that `Pipeline.generate` will meet here.
+
+        Raises:
+            CheckpointError: any state without ``resume``, or one of another request.
+        """
+        for part in (self, *(self.part(entry.name) for entry in _parts(self.folder))):
+            steps = part.saved()
+            if steps:
+                part._refuse_other(steps[-1], self.request)
+
+    def clear_own(self) -> None:
+        """`clear`, if what is there was made for this very request; for a run that made the same without going on."""
+        if self.folder.is_dir():
+            with contextlib.suppress(CheckpointError):
+                replace(self, resume=True).look()
+                self.clear()
+
+    def _refuse_other(self, step: int, request: Request | None) -> None:
+        folder = self._folder(step)
         if not self.resume:
             raise CheckpointError(
-                f"{self.folder}: holds the state of a run that was interrupted after step {steps[-1]}; go on with it "
+                f"{self.folder}: holds the state of a run that was interrupted after step {step}; go on with it "
                 "by --resume (resume=True), or remove the folder"
             )
-        try:
-            made_for = dict(json.loads((folder / "run.json").read_text())["request"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder}: unreadable ({error}); remove it to start again") from error
+        made_for = states.read_request(folder)
         wanted = json.loads(json.dumps(request))
         different = [k for k in dict.fromkeys([*wanted, *made_for]) if wanted.get(k) != made_for.get(k)]
         if different:
             raise CheckpointError(
                 f"{folder}: is of another run ({', '.join(different)} differ); remove it, or change --out"
             )
-        return steps[-1], _read(folder, state)
 
     def after(self, step: int, total: int, request: Request, state: State) -> None:
         """To be called after every step; ``step`` steps of ``total`` are done.
@@ -138,14 +166,40 @@ class Checkpoint:
             CheckpointError: the state cannot be saved; the last one that could is left.
         """
         stopping = self.stop()
-        if stopping or step % self.every == 0 or step == total:
-            self._save(step, request, state)
+        try:
+            if stopping or step % self.every == 0 or step == total:
+                self._save(step, request, state)
+        except CheckpointError:
+            _release(self.folder.absolute())
+            raise
+        if stopping or step == total:
+            _release(self.folder.absolute())
         if stopping:
             raise Stopped(self.folder, step)
 
     def clear(self) -> None:
-        """Removes the states; for when what the run made is safe."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes the states, and the folder unless something else is in it; for when what the run made is safe."""
+        remove_states(self.folder)
+
+    def _claim(self) -> None:
+        """Keeps other processes from this folder until it is cleared or this process ends.
+
+        Raises:
+            CheckpointError: another process has it.
+        """
+        path = self.folder.absolute()
+        if fcntl is None:
+            return
+        _release(path)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise CheckpointError(
+                f"{self.folder}: another run is at work on it; wait for it, or choose another --out"
+            ) from None
+        _CLAIMED[path] = descriptor
 
     def _folder(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -154,23 +208,63 @@ class Checkpoint:
         before = self.saved()
         final = self._folder(step)
         try:
-            with staged(final, overwrite=True) as stage:
+            with staged(final, overwrite=states.is_state(final)) as stage:
                 folder = stage / final.name
                 folder.mkdir()
-                (folder / "run.json").write_text(json.dumps({"step": step, "request": dict(request)}))
-                _write(folder / "state", state)
+                states.write(folder, step, request, state)
                 flush(folder)
         except Exception as error:  # Orbax reports a full disk as whatever its storage layer raises
             kept = f"the state after step {before[-1]} is left" if before else "no earlier state is there"
-            reason = _reason(error)
+            reason = states.reason(error)
             raise CheckpointError(
                 f"{self.folder}: the state after step {step} cannot be saved: {reason}; {kept}.  Free some space or "
                 "write elsewhere, then go on with --resume"
             ) from error
         for old in before:
             if old != step:
-                remove_leftovers(self._folder(old))
-                shutil.rmtree(self._folder(old), ignore_errors=True)
+                states.remove(self._folder(old))
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Folders of the parts of a run."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry for entry in folder.iterdir() if _PART.fullmatch(entry.name) and entry.is_dir())
+
+
+def _release(folder: Path) -> None:
+    if folder in _CLAIMED:
+        os.close(_CLAIMED.pop(folder))
+
+
+def remove_states(folder: Path) -> None:
+    """Removes what runs have written into a run's folder, and the folder unless something else is in it."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    for entry in folder.iterdir():
+        if _PART.fullmatch(entry.name):
+            remove_states(entry)
+        elif _STEP.fullmatch(entry.name):
+            states.remove(entry)
+        elif left := _LEFT.fullmatch(entry.name):
+            remove_leftovers(folder / left[1])
+    _release(folder.absolute())
+    with contextlib.suppress(OSError):  # somebody's files are in it
+        folder.rmdir()
+
+
+def request_of(folder: Path) -> Request | None:
+    """What the latest state in a run's folder, or in one of its parts, was made for; None where there is none."""
+    if not folder.is_dir():
+        return None
+    for part in (folder, *_parts(folder)):
+        steps = Checkpoint(part, 1).saved()
+        if steps:
+            try:
+                return states.read_request(part / f"step-{steps[-1]:06d}")
+            except CheckpointError:
+                return None
+    return None
 
 
 def digest(arrays: Any) -> str | None:
@@ -181,114 +275,6 @@ def digest(arrays: Any) -> str | None:
         array = np.ascontiguousarray(leaf)
         total.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
     return total.hexdigest() if leaves else None
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "No space left" in text:
-        return "the disk is full (No space left on device)"
-    if "File too large" in text:
-        return "a file grew over the limit of this system or account (File too large)"
-    return text[:300] or type(error).__name__
-
-
-# -- leaves --------------------------------------------------------------------------------------------------------
-
-
-# A state is saved as data: its containers as JSON, its leaves as arrays.
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _name(number: int) -> str:
-    return f"leaf{number:04d}"
-
-
-def _outline(state: Any, leaves: dict[str, Any]) -> Any:
-    """The containers of a state as JSON; its leaves go into ``leaves`` by name."""
-    if state is None:
-        return None
-    if isinstance(state, dict):
-        return {"dict": {key: _outline(value, leaves) for key, value in state.items()}}
-    if type(state) in (list, tuple):
-        return {type(state).__name__: [_outline(value, leaves) for value in state]}
-    if jax.tree_util.all_leaves([state]):
-        name = _name(len(leaves))
-        leaves[name] = jax.random.key_data(state) if _is_key(state) else state
-        kind = "key" if _is_key(state) else "device" if isinstance(state, jax.Array) else "host"
-        return {kind: name} | ({"impl": str(jax.random.key_impl(state))} if kind == "key" else {})
-    return {"node": [_outline(leaf, leaves) for leaf in jax.tree.leaves(state)]}
-
-
-def _filled(outline: Any, arrays: Mapping[str, np.ndarray], like: Any) -> Any:
-    """The state of an outline; nodes that are neither dict, list nor tuple are taken from ``like``."""
-    if outline is None:
-        return None
-    kind, content = next(iter(outline.items()))
-    if kind == "dict":
-        below = like if isinstance(like, dict) else {}
-        return {key: _filled(value, arrays, below.get(key)) for key, value in content.items()}
-    if kind in ("list", "tuple"):
-        below = like if isinstance(like, (list, tuple)) and len(like) == len(content) else [None] * len(content)
-        made = [_filled(value, arrays, one) for value, one in zip(content, below, strict=True)]
-        return tuple(made) if kind == "tuple" else made
-    if kind == "node":
-        return jax.tree.unflatten(jax.tree.structure(like), [_filled(value, arrays, None) for value in content])
-    if kind == "key":
-        return jax.random.wrap_key_data(jnp.asarray(arrays[content]), impl=outline["impl"])
-    return jnp.asarray(arrays[content]) if kind == "device" else np.asarray(arrays[content])[()]
-
-
-@contextlib.contextmanager
-def _checkpointer() -> Iterator[Any]:
-    """Orbax, one file per array, without its remarks about that."""
-    import orbax.checkpoint as ocp
-
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False)) as checkpointer:
-            yield checkpointer
-    finally:
-        log.setLevel(level)
-
-
-def _write(folder: Path, state: State) -> None:
-    """``folder/outline.json`` and ``folder/arrays``."""
-    leaves: dict[str, Any] = {}
-    folder.mkdir()
-    (folder / "outline.json").write_text(json.dumps(_outline(state, leaves)))
-    arrays = {name: x if isinstance(x, jax.Array) else np.asarray(x) for name, x in leaves.items()}
-    with _checkpointer() as checkpointer:
-        checkpointer.save((folder / "arrays").absolute(), arrays)
-
-
-def _read(folder: Path, like: State) -> State:
-    import orbax.checkpoint as ocp
-
-    try:
-        outline = json.loads((folder / "state" / "outline.json").read_text())
-        names: dict[str, Any] = {}
-        _names(outline, names)
-        wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-        with _checkpointer() as checkpointer:
-            arrays = checkpointer.restore((folder / "state" / "arrays").absolute(), restore_args=wanted)
-        return _filled(outline, arrays, like)
-    except Exception as error:
-        raise CheckpointError(f"{folder}: the saved state cannot be read ({_reason(error)}); remove it") from error
-
-
-def _names(outline: Any, names: dict[str, Any]) -> None:
-    if isinstance(outline, dict):
-        kind, content = next(iter(outline.items()))
-        if kind in ("key", "device", "host"):
-            names[content] = None
-        else:
-            for value in content.values() if kind == "dict" else content:
-                _names(value, names)
 
 
 # -- signals -------------------------------------------------------------------------------------------------------

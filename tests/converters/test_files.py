@@ -179,12 +179,12 @@ def test_sigkill_at_any_move_of_a_file_with_its_report(tmp_path, tiny, last, ove
     code = f"""
 import os, signal
 from converters import files
-real = os.replace
-def replace(source, target):
-    if os.path.basename(target) == {last!r} and ".old" not in str(target):
+real = os.link
+def link(source, target):
+    if os.path.basename(target) == {last!r}:
         os.kill(os.getpid(), signal.SIGKILL)
     real(source, target)
-files.os.replace = replace
+files.os.link = link
 from converters.convert import convert
 convert({str(source)!r}, {str(target)!r}, to="bfl", overwrite={overwrite}, progress=False)
 """

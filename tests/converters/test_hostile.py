@@ -307,6 +307,17 @@ def _truncate(folder):
     chunk.write_bytes(chunk.read_bytes()[:-2])
 
 
+def _many_chunks(folder):
+    edit(folder / "decoder.conv_in.bias" / ".zarray", lambda v: v.update(shape=[1 << 30], chunks=[1]))
+
+
+def _wide_chunks(folder):
+    edit(
+        folder / "decoder.conv_in.bias" / ".zarray",
+        lambda v: v.update(chunks=[1 << 40], compressor={"id": "zstd", "level": 1}),
+    )
+
+
 def _grow(folder):
     edit(folder / "decoder.conv_in.bias" / ".zarray", lambda v: v.update(shape=[1 << 50], chunks=[1 << 50]))
 
@@ -340,6 +351,8 @@ ORBAX = {
     "missing chunk": lambda folder: (folder / "decoder.conv_in.bias" / "0").unlink(),
     "missing array": lambda folder: shutil.rmtree(folder / "decoder.conv_in.bias"),
     "array of petabytes": _grow,
+    "a billion chunks": _many_chunks,
+    "a chunk of terabytes": _wide_chunks,
     "array of petabytes never stored": _fill,
     "array that is a link": _link,
     "name that climbs": _escape,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from converters.errors import CheckpointError
-from sega_jax.sampling import resume
+from sega_jax.sampling import resume, states
 from sega_jax.sampling.resume import Checkpoint, Stopped
 
 STEPS = 12
@@ -171,15 +171,15 @@ def test_killed_while_saving(tmp_path, monkeypatch):
 
 def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    write = resume._write
+    write = states.write
 
-    def full(path, state):
-        if state["done"] == 6:
-            (path.parent / "half").write_bytes(b"half")
+    def full(path, step, request, state):
+        if step == 6:
+            (path / "half").write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, state)
+        write(path, step, request, state)
 
-    monkeypatch.setattr(resume, "_write", full)
+    monkeypatch.setattr(states, "write", full)
     with pytest.raises(CheckpointError, match=rf"{folder}: .*step 6 .*disk is full.*step 4 is left"):
         run(Checkpoint(folder, 2))
     monkeypatch.undo()
@@ -227,3 +227,71 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_first_step(tmp_path
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"file/run: states of this run cannot be saved here \(Not a directory\)"):
         run(Checkpoint(tmp_path / "file" / "run", 2), on_step=break_at(1))
+
+
+def test_files_of_the_user_stay(tmp_path):
+    """Whatever else lies in a run's folder, and in the folder of a state, is there when the states are removed."""
+    folder = tmp_path / "out.state"
+    (folder / "step-000099").mkdir(parents=True)
+    mine = [folder / "notes.txt", folder / "step-000099" / "thesis.tex", folder / "photos" / "a.png"]
+    (folder / "photos").mkdir()
+    for path in mine:
+        path.write_text("mine")
+    checkpoint = Checkpoint(folder, 5)
+    with pytest.raises(Broken):
+        run(checkpoint, on_step=break_at(6))
+    beside = folder / "step-000005" / "state" / "mine.txt"
+    beside.write_text("mine")
+    assert Checkpoint(folder, 5).saved() == [5]
+    checkpoint.clear()
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted([*mine, beside])
+    (tmp_path / "link").symlink_to(folder)
+    Checkpoint(tmp_path / "link", 5).clear()
+    assert all(path.exists() for path in mine)
+
+
+def test_a_folder_with_nothing_of_the_user_goes(tmp_path):
+    folder = tmp_path / "out.state"
+    with pytest.raises(Broken):
+        run(Checkpoint(folder, 5).part("batch-0000"), on_step=break_at(6))
+    (folder / "batch-0000" / ".step-000006.partial-0123456789abcdef").mkdir()  # of a process that was killed
+    assert resume.request_of(folder) == {"prompt": "a"}
+    Checkpoint(folder, 5).clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_byte_of_a_state_counts(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(Broken):
+        run(Checkpoint(folder, 5), on_step=break_at(6))
+    files = sorted(path for path in (folder / "step-000005" / "state").rglob("*") if path.stat().st_size)
+    files = [path for path in files if path.is_file()]
+    assert len(files) > 5
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match="damaged, or changed since"):
+            run(Checkpoint(folder, 5, resume=True))
+        path.write_bytes(content)
+    assert run(Checkpoint(folder, 5, resume=True)).size
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+from sega_jax.sampling.resume import Checkpoint
+checkpoint = Checkpoint(Path(sys.argv[1]), 1)
+checkpoint.start({"prompt": "a"}, {"x": 1})
+print("claimed", flush=True)
+input()
+"""
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    command = [sys.executable, "-c", CLAIM, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "claimed\n"
+        with pytest.raises(CheckpointError, match="another run is at work on it"):
+            run(Checkpoint(tmp_path / "run", 5))
+        other.kill()
+    assert run(Checkpoint(tmp_path / "run", 5)).size
