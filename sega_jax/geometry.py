@@ -13,6 +13,9 @@ import numpy as np
 IdConvention = Literal["corner", "centered"]
 
 
+LONGEST_SIDE = 65_536  # pixels; ten times the largest picture that any of the methods has been shown on
+
+
 @dataclass(frozen=True)
 class RopeSpec:
     """Rotary geometry of a model family.
@@ -55,6 +58,8 @@ class RopeSpec:
             if value < side or value % side:
                 nearest = max(side, round(value / side) * side)
                 raise ValueError(f"{name}={value}: must be a positive multiple of {side} pixels; try {nearest}")
+            if value > LONGEST_SIDE:
+                raise ValueError(f"{name}={value}: expected at most {LONGEST_SIDE} pixels")
         return Grid(self, height // side, width // side, text_tokens)
 
 

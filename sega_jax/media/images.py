@@ -25,6 +25,9 @@ _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _EXIF_FOLDER, _USER_COMMENT = 0x8769, 0x9286
 _ASCII = b"ASCII\0\0\0"  # EXIF's marker for the encoding of a user comment
 _EXIF_LIMIT = 65_000  # bytes; a JPEG segment holds 65,533, and the tables around the comment take some
+_PNG_LIMIT = 16_000_000  # bytes of a record; Pillow reads at most 64 MB of text back, which holds it twice
+READ_FORMATS = ("PNG", "JPEG", "WEBP")  # nothing else is decoded: other decoders take gigabytes for a few bytes
+MOST_PIXELS = 100_000_000  # of a picture that is decoded; at 4 bytes each, and as many again while it is turned
 _QUICK_PNG_PIXELS = 4_000_000  # above this, zlib level 1: a few percent larger, several times faster
 
 
@@ -139,21 +142,52 @@ class Image:
             OSError: the file cannot be written.
         """
         path = Path(path)
-        form = _FORMATS.get(path.suffix.lower())
-        if form is None:
-            raise ValueError(f"{path}: unknown image suffix {path.suffix!r}; use {', '.join(_FORMATS)}")
         height, width, _ = self.array.shape
-        if max(height, width) > _LONGEST_SIDE.get(form, max(height, width)):
-            raise ValueError(
-                f"{path}: {form} sides are at most {_LONGEST_SIDE[form]} px, got {width}x{height}; use .png"
-            )
-        text = encode_metadata(self.metadata)
-        options = (
-            _png_options(text, self.metadata, height * width) if form == "PNG" else _exif_options(form, text, path)
-        )
+        form, text = check_saveable(path, width, height, self.metadata)
+        options = _png_options(text, self.metadata, height * width) if form == "PNG" else _exif_options(form, text)
         with atomic_path(path) as temporary:
             self.pil().save(temporary, format=form, **options)
         return path
+
+
+def check_saveable(
+    path: Path, width: int, height: int, metadata: Mapping[str, object], spare: int = 0
+) -> tuple[str, str]:
+    """Whether a picture of this size with this record can be saved under this name.
+
+    Args:
+        path: the file's name.
+        width, height: pixels.
+        metadata: the record.
+        spare: bytes that the record may still grow.
+
+    Returns:
+        The format as Pillow calls it, and the record as text.
+
+    Raises:
+        ValueError: unknown suffix, a side or metadata too large for the format, metadata that JSON cannot hold.
+        TypeError: a value that JSON cannot hold.
+    """
+    form = _FORMATS.get(path.suffix.lower())
+    if form is None:
+        raise ValueError(f"{path}: unknown image suffix {path.suffix!r}; use {', '.join(_FORMATS)}")
+    if max(height, width) > _LONGEST_SIDE.get(form, max(height, width)):
+        raise ValueError(f"{path}: {form} sides are at most {_LONGEST_SIDE[form]} px, got {width}x{height}; use .png")
+    text = encode_metadata(metadata)
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise ValueError(f"{path}: the metadata holds half a character (a lone surrogate): {exc.reason}") from exc
+    if form == "PNG" and len(text.encode()) + spare > _PNG_LIMIT:
+        raise ValueError(f"{path}: {len(text.encode())} bytes of metadata; expected at most {_PNG_LIMIT}")
+    if form == "JPEG" and len(_comment(text)) + spare > _EXIF_LIMIT:
+        raise ValueError(f"{path}: {len(_comment(text))} bytes of metadata, JPEG holds {_EXIF_LIMIT}; save as .png")
+    return form, text
+
+
+def _comment(text: str) -> bytes:
+    """A record as an EXIF user comment; non-ASCII characters are escaped."""
+    return _ASCII + json.dumps({METADATA_KEY: json.loads(text)}).encode("ascii")
 
 
 def _png_options(text: str, metadata: Mapping[str, object], pixels: int) -> dict:
@@ -163,12 +197,9 @@ def _png_options(text: str, metadata: Mapping[str, object], pixels: int) -> dict
     return {"pnginfo": chunks, "compress_level": 1 if pixels > _QUICK_PNG_PIXELS else 6}
 
 
-def _exif_options(form: str, text: str, path: Path) -> dict:
-    comment = _ASCII + json.dumps({METADATA_KEY: json.loads(text)}).encode("ascii")  # escapes non-ASCII characters
-    if form == "JPEG" and len(comment) > _EXIF_LIMIT:
-        raise ValueError(f"{path}: {len(comment)} bytes of metadata, JPEG holds {_EXIF_LIMIT}; save as .png")
+def _exif_options(form: str, text: str) -> dict:
     exif = pillow.Exif()
-    exif[_EXIF_FOLDER] = {_USER_COMMENT: comment}
+    exif[_EXIF_FOLDER] = {_USER_COMMENT: _comment(text)}
     quality = {"quality": 95, "subsampling": 0} if form == "JPEG" else {"lossless": True, "quality": 0, "method": 0}
     return {"exif": exif, **quality}
 
@@ -182,18 +213,20 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[pillow.Image]:
         warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
         warnings.simplefilter("ignore", UserWarning)  # a damaged EXIF block, which is then taken as absent
         try:
-            with pillow.open(path) as image:
+            if path.exists() and not path.is_file():
+                raise ValueError(f"{path}: not a file; expected a PNG, JPEG or WebP picture")
+            with pillow.open(path, formats=READ_FORMATS) as image:
                 yield image
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such image file") from None
         except UnidentifiedImageError as exc:
-            raise ValueError(f"{path}: not an image that Pillow can read") from exc
+            raise ValueError(f"{path}: not an image that can be read; expected PNG, JPEG or WebP") from exc
         except pillow.DecompressionBombError as exc:
             raise ValueError(f"{path}: too large to open safely ({exc})") from exc
-        except (OSError, SyntaxError, ValueError) as exc:
-            if str(exc).startswith(f"{path}: "):  # ours, from the caller's block
+        except Exception as exc:  # decoders meet damage in many ways, such as struct.error and ZeroDivisionError
+            if isinstance(exc, ValueError) and str(exc).startswith(f"{path}: "):  # ours, from the caller's block
                 raise
-            raise ValueError(f"{path}: cannot be read as an image ({exc})") from exc
+            raise ValueError(f"{path}: cannot be read as an image ({exc or type(exc).__name__})") from exc
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict:
@@ -222,24 +255,55 @@ def load_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
     EXIF orientation is applied; grey and palette images become RGB; colour profiles are ignored (sRGB assumed).
 
     Args:
-        path: any 8-bit image Pillow reads.
+        path: an 8-bit PNG, JPEG or WebP picture.
         size: (width, height) to resize to with a Lanczos filter; default as it is.
 
     Raises:
-        ValueError: not an image, transparent pixels, more than 8 bits per channel, or a size below one pixel.
+        ValueError: not such an image, transparent pixels, more than 8 bits per channel, more than `MOST_PIXELS`, or a
+            size below one pixel.
         FileNotFoundError: no such file.
     """
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"size is (width, height) in pixels, got {size}")
+    with decoded(path) as image:
+        if size is not None and image.size != tuple(size):
+            image = image.resize(tuple(size), pillow.Resampling.LANCZOS)
+        pixels = np.asarray(image).astype(np.float32)
+    pixels /= np.float32(127.5)
+    pixels -= np.float32(1.0)
+    return pixels
+
+
+def load_mask(path: str | os.PathLike[str]) -> np.ndarray:
+    """A picture as a mask, bool [H, W]: its grey is at least 128.
+
+    Raises:
+        ValueError: not a PNG, JPEG or WebP picture, or more than `MOST_PIXELS`.
+        FileNotFoundError: no such file.
+    """
     with _opened(path) as image:
+        _check_pixels(path, image)
+        return np.asarray(image.convert("L")) >= 128
+
+
+@contextlib.contextmanager
+def decoded(path: str | os.PathLike[str]) -> Iterator[pillow.Image]:
+    """A picture to start from, as 8-bit RGB and upright; raises as `load_image`."""
+    with _opened(path) as image:
+        _check_pixels(path, image)
         if image.mode not in _EIGHT_BIT:
             raise ValueError(f"{path}: Pillow mode {image.mode!r}; expected 8 bits per channel, convert to RGB first")
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             if image.getchannel("A").getextrema()[0] < 255:
                 raise ValueError(f"{path}: has transparent pixels; put it on a background (flatten it) first")
-        image = image.convert("RGB")
-        if size is not None and image.size != tuple(size):
-            image = image.resize(tuple(size), pillow.Resampling.LANCZOS)
-        return np.asarray(image, np.float32) / np.float32(127.5) - np.float32(1.0)
+        yield image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _check_pixels(path: str | os.PathLike[str], image: pillow.Image) -> None:
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(
+            f"{path}: {image.width}x{image.height} pixels; at most {MOST_PIXELS // 10**6} million are read, so scale "
+            "it down first"
+        )

@@ -249,7 +249,7 @@ def guidance_settings(path: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its {SETTINGS_KEY} settings are no JSON ({error})") from error
     known = ("layout", "positional", "adapt")
     if not isinstance(settings, dict) or any(not isinstance(settings.get(name, ""), str) for name in known):

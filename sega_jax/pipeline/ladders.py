@@ -17,7 +17,7 @@ from sega_jax.layouts.scalediff import Neighborhood
 from sega_jax.layouts.streams import Layout
 from sega_jax.sampling.registry import get_layout
 from sega_jax.sampling.rungs import RHO, Rung, text_of
-from sega_jax.sampling.schedule import MuPolicy
+from sega_jax.sampling.schedule import MuPolicy, check_steps
 
 TAU, TAU_FEW_STEPS = 0.6, 0.5  # share of the steps that a stage runs: FLUX.1-dev, FLUX.1-schnell
 
@@ -104,7 +104,7 @@ def resolve(
             )
             named = positional if rung.positional is None else rung.positional
             method = pe.describe(pe.get(known.positional if named == "auto" else named))
-            count = rung.steps or steps or known.steps
+            count = check_steps(rung.steps or steps or known.steps)
             tau = rung.tau or (TAU if schedule.dynamic else TAU_FEW_STEPS)
             first = rung.start
             if first is None:

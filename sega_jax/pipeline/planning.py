@@ -22,10 +22,11 @@ from sega_jax.sampling.crpa_cost import Estimate, estimate
 from sega_jax.sampling.regions import Regions, get_regions
 from sega_jax.sampling.registry import get_layout
 from sega_jax.sampling.rungs import Rung, parse, text_of
-from sega_jax.sampling.schedule import MuPolicy, collapse_warning, start_index
+from sega_jax.sampling.schedule import MuPolicy, check_steps, collapse_warning, start_index
 
 logger = logging.getLogger(__name__)
 
+MOST_IMAGES = 10_000  # of one prompt and seed
 REGIONS = "auto:0.3"  # what crpa refines unless told
 
 
@@ -153,6 +154,8 @@ def plan(
             raise ValueError(f"{name}={value}: expected a finite number of at least 0")
     if not isinstance(num_images, int) or num_images < 1:
         raise ValueError(f"num_images={num_images!r}: expected a positive whole number")
+    if num_images > MOST_IMAGES:
+        raise ValueError(f"num_images={num_images}: expected at most {MOST_IMAGES}; vary the seed for more")
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 4294967295")
     layout = get_layout(layout)
@@ -185,14 +188,17 @@ def plan(
         known = guided_recipe(known, layout.guidance, nano=config.text_dim < 1024, positional=own.get("positional"))
     elif guidance_lora is not None:
         raise ValueError(f"layout={layout.name!r}: a LoRA of the guidance stream works with layout='scale-dit' only")
-    method = pe.get(known.positional if isinstance(positional, str) and positional == "auto" else positional)
+    if isinstance(positional, str) and positional == "auto":
+        method = pe.get(known.positional, imports=False)  # it may be what the header of a LoRA says
+    else:
+        method = pe.get(positional)
     if isinstance(layout, scale_dit.Guided):
         layout = scale_dit.resolve(layout, method, grid, guidance_lora)
         if guidance_lora is None:
             logger.warning("%s", scale_dit.TRAINING_FREE)
     elif not isinstance(layout, Crpa):
         layout.grids(grid)  # refuses a grid that it cannot lay out
-    steps = known.steps if steps is None else steps
+    steps = check_steps(known.steps if steps is None else steps)
     mu = known.mu if mu is None else mu
     sigmas = schedule.sigmas(steps, grid.tokens, mu)
     if strength is not None:
@@ -207,7 +213,7 @@ def plan(
         negative_prompt=negative_prompt,
         width=width,
         height=height,
-        steps=int(steps),
+        steps=steps,
         guidance=(known.guidance if guidance is None else float(guidance)) if config.guidance_embeds else None,
         true_guidance=known.true_guidance if true_guidance is None else float(true_guidance),
         seed=seed,

@@ -14,10 +14,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image as PillowImage
 
 from sega_jax.geometry import Grid
 from sega_jax.layouts.crpa import dilate, pool_any, up
+from sega_jax.media.images import load_mask
 
 # clean estimate of the coarse latents f32 [B, h, w, C], its token grid -> score f32 [B, H, W], one per token
 Saliency = Callable[[jax.Array, Grid], jax.Array]
@@ -135,8 +135,7 @@ class Drawn:
             ValueError: no such picture, or its content has another digest.
         """
         try:
-            with PillowImage.open(Path(path).expanduser()) as picture:
-                mask = np.asarray(picture.convert("L")) >= 128
+            mask = load_mask(Path(path).expanduser())
         except (OSError, ValueError) as error:
             raise ValueError(f"regions='mask:{path}': cannot be read as a picture ({error}); give a PNG") from error
         drawn = cls.of(mask, path)
@@ -150,13 +149,19 @@ class Drawn:
         count = self.height * self.width
         mask = np.unpackbits(np.frombuffer(self.bits, np.uint8), count=count).astype(bool)
         mask = mask.reshape(self.height, self.width)
-        down, across = ((np.arange(n) * m) // n for n, m in ((rows, self.height), (columns, self.width)))
-        ends_down, ends_across = (
-            np.maximum(-(-(np.arange(n) + 1) * m // n), 1) for n, m in ((rows, self.height), (columns, self.width))
-        )
-        total = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-        inside = total[np.ix_(ends_down, ends_across)] - total[np.ix_(down, ends_across)]
-        return inside - total[np.ix_(ends_down, across)] + total[np.ix_(down, across)] > 0
+        tops, bottoms = _intervals(rows, self.height)
+        lefts, rights = _intervals(columns, self.width)
+        cells = np.empty((rows, columns), bool)
+        for row, (top, bottom) in enumerate(zip(tops, bottoms, strict=True)):  # a mask may have 100 million pixels
+            before = np.concatenate(([0], mask[top:bottom].any(0).cumsum()))
+            cells[row] = before[rights] > before[lefts]
+        return cells
+
+
+def _intervals(cells: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """First pixel of every cell and the one behind its last, along one side; a cell has at least one pixel."""
+    place = np.arange(cells)
+    return place * pixels // cells, np.maximum(-(-(place + 1) * pixels // cells), 1)
 
 
 @dataclass(frozen=True)
@@ -181,17 +186,26 @@ class Auto:
         """Saliency of the coarse result, f32 [B, H, W]."""
         if self.saliency == "energy":
             return energy(clean, grid)
-        module, _, name = self.saliency.partition(":")
-        try:
-            function: Saliency = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"regions='{self}': saliency {self.saliency!r} cannot be imported: {error}") from error
-        score = jnp.asarray(function(clean, grid), jnp.float32)
+        score = jnp.asarray(self.function()(clean, grid), jnp.float32)
         if score.shape != (clean.shape[0], grid.height, grid.width):
             raise ValueError(
                 f"saliency {self.saliency!r} returned {score.shape}; expected {(len(clean), grid.height, grid.width)}"
             )
         return score
+
+    def function(self) -> Saliency:
+        """The saliency.
+
+        Raises:
+            ValueError: it cannot be imported.
+        """
+        if self.saliency == "energy":
+            return energy
+        module, _, name = self.saliency.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"regions='{self}': saliency {self.saliency!r} cannot be imported: {error}") from error
 
     def count(self, rows: int, columns: int) -> int:
         """Cells it takes of a grid."""
@@ -333,7 +347,7 @@ class Regions:
         )
 
 
-def _shape(text: str, whole: str) -> Shape:
+def _shape(text: str, whole: str, imports: bool) -> Shape:
     kind, _, rest = text.strip().partition(":")
     if kind == "center":
         return Center(_share(rest, whole))
@@ -341,6 +355,11 @@ def _shape(text: str, whole: str) -> Shape:
         share, _, saliency = rest.partition(":")
         if saliency and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", saliency) and saliency != "energy":
             raise ValueError(f"regions={whole!r}: saliency {saliency!r}; expected energy or module:name")
+        if saliency not in ("", "energy") and not imports:
+            raise ValueError(
+                f"regions={whole!r}: {saliency!r} names code, and a file may not; type it yourself (--regions), or "
+                "allow it with --trust-code"
+            )
         return Auto(_share(share, whole), kind == "autobox", saliency or "energy")
     if kind == "mask" and rest:
         match = re.fullmatch(r"(.+)@([0-9a-f]{16})", rest)
@@ -365,15 +384,21 @@ def _shape(text: str, whole: str) -> Shape:
     raise ValueError(f"regions={whole!r}: {text!r} is no region; expected {FORMS}")
 
 
-def parse_regions(text: str) -> Regions:
+def parse_regions(text: str, *, imports: bool = True) -> Regions:
     """Regions of an expression such as ``center:0.3``, ``box:0,0,512,512+box:1024,0,512,512`` or ``auto:0.3``.
+
+    Args:
+        text: the expression.
+        imports: whether a saliency ``module:name`` is allowed; not for text that comes out of a file.
 
     Raises:
         ValueError: anything else, with the forms there are.
     """
     levels = []
     for level in text.split("|"):
-        shapes = tuple(_shape(part, text) for part in re.split(r"\+(?=(?:center|box|mask|auto|autobox):)", level))
+        shapes = tuple(
+            _shape(part, text, imports) for part in re.split(r"\+(?=(?:center|box|mask|auto|autobox):)", level)
+        )
         levels.append(shapes)
     automatic = [isinstance(shape, Auto) for shapes in levels for shape in shapes]
     if any(automatic) and (not all(automatic) or any(len(shapes) > 1 for shapes in levels)):

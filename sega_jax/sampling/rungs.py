@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from sega_jax.sampling import latent_ops as ops
-from sega_jax.sampling.schedule import MuPolicy
+from sega_jax.sampling.schedule import MOST_STEPS, MuPolicy
 
 RHO = 0.25  # low-pass ratio of the published FLUX runs
 
@@ -59,6 +59,7 @@ class Rung:
         return " ".join([size, *(f"{name}={value}" for name, value in given if value is not None)])
 
 
+LONGEST = 10_000  # characters of a ladder
 OPTIONS = tuple(f.name for f in fields(Rung)[2:])
 _CHOICES = {
     "gamma": ("sigma", "relative", "none"),
@@ -99,14 +100,15 @@ def _value(name: str, text: str) -> object:
     whole = name in ("steps", "start")
     try:
         number = int(text) if whole else float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
+        finite = math.isfinite(number)
+    except (ValueError, OverflowError):
+        finite = False
+    if not finite:
         raise ValueError(f"{name}={text!r}: expected a {'whole ' if whole else ''}number")
-    low, high = {"steps": (1, math.inf), "start": (0, math.inf), "mu": (-math.inf, math.inf)}.get(name, (0, 1))
+    low, high = {"steps": (1, MOST_STEPS), "start": (0, MOST_STEPS), "mu": (-math.inf, math.inf)}.get(name, (0, 1))
     if not low <= number <= high or (number == 0 and name not in ("start", "mu")):
         raise ValueError(
-            f"{name}={text}: expected a number {f'of at least {low}' if whole else 'above 0 and at most 1'}"
+            f"{name}={text}: expected a number {f'from {low} to {high}' if whole else 'above 0 and at most 1'}"
         )
     return number
 
@@ -117,11 +119,13 @@ def parse(text: str) -> tuple[Rung, ...]:
     Raises:
         ValueError: naming the entry, and what was expected.
     """
+    if len(text) > LONGEST:
+        raise ValueError(f"a ladder of {len(text)} characters; expected at most {LONGEST}")
     rungs = []
     for entry in _split(text, ","):
         size, *options = [word for word in _split(entry, " ") if word] or [""]
         where = f"ladder entry {entry!r}: "
-        match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", size, re.ASCII)
+        match = re.fullmatch(r"(\d{1,9})(?:[x×](\d{1,9}))?", size, re.ASCII)
         if not match:
             raise ValueError(f"{where}expected a size such as 2048 or 2048x1024 first, then options name=value")
         values: dict[str, object] = {}

@@ -15,6 +15,8 @@ import numpy as np
 
 MuPolicy = Literal["native", "clamp"] | float
 
+MOST_STEPS = 10_000
+LARGEST_MU = 10.0  # exp(10): every step but the last few is pure noise
 NOISY = 0.95  # a step above this sigma decides next to nothing
 _SWITCHES = (
     "use_karras_sigmas",
@@ -23,6 +25,19 @@ _SWITCHES = (
     "invert_sigmas",
     "stochastic_sampling",
 )
+
+
+def check_steps(steps: object) -> int:
+    """The number of steps of a run, as a Python integer.
+
+    Raises:
+        ValueError: not a whole number from 1 to `MOST_STEPS`.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise ValueError(f"steps={steps!r}: expected a positive whole number")
+    if steps > MOST_STEPS:
+        raise ValueError(f"steps={steps}: expected at most {MOST_STEPS}")
+    return int(steps)
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,10 @@ class Schedule:
             ValueError: for any other policy.
         """
         if isinstance(policy, (int, float)) and not isinstance(policy, bool) and math.isfinite(policy):
+            low = -LARGEST_MU if self.kind == "exponential" else math.exp(-LARGEST_MU)
+            high = LARGEST_MU if self.kind == "exponential" else math.exp(LARGEST_MU)
+            if not low <= policy <= high:
+                raise ValueError(f"mu={policy:g}: expected a number from {low:g} to {high:g}, or native or clamp")
             return float(policy)
         if policy not in ("native", "clamp"):
             raise ValueError(f"mu={policy!r}: expected 'native', 'clamp' or a finite number")
@@ -121,8 +140,7 @@ class Schedule:
         Raises:
             ValueError: for fewer than one step.
         """
-        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
-            raise ValueError(f"steps={steps!r}: expected a positive whole number")
+        steps = check_steps(steps)
         t = np.linspace(1.0, 1.0 / steps, steps)
         mu = self.mu(tokens, policy)
         if mu is None:

@@ -73,7 +73,7 @@ def _spec(entry: PathLike | tuple[PathLike, int | float] | Mapping | LoraSpec) -
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
         raise ValueError(f"LoRA {file!r}: weight {weight!r}; expected a finite number")
     path = Path(file).expanduser()
-    if not entry or not path.exists():
+    if not entry or not (path.is_file() or path.is_dir()):
         raise ValueError(f"LoRA {file!r}: no such file or folder")
     digest = _lora_digest(path)
     if known not in (None, digest):
