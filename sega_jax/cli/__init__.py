@@ -104,21 +104,45 @@ def _complaint(box: str, command: str) -> str:
 
 
 @contextlib.contextmanager
-def _termination() -> Iterator[None]:
-    """SIGTERM raises `_Terminated` within the block, where the main thread runs it."""
+def _stopping() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise within the block, where the main thread runs it: the first of them only.
 
-    def stop(_number, _frame):
-        raise _Terminated
+    What a second one would interrupt is the tidying up after the first.
+    """
+    met: list[int] = []
 
+    def stop(number, _frame):
+        met.append(number)
+        if len(met) == 1:
+            raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        if len(met) > _PATIENCE:  # tidying up does not end
+            os._exit(128 + number)
+
+    before = {}
     try:
-        previous = signal.signal(signal.SIGTERM, stop)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # a shell that runs this behind itself ignores Ctrl-C
+                before[number] = signal.signal(number, stop)
     except ValueError:  # not the main thread
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+_PATIENCE = 3  # signals until a run that was told to stop is ended at once
+
+
+def _leave(code: int) -> int:
+    """Ends a program that was interrupted, without waiting for threads that still compile."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,12 +155,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 for unusable checkpoints and files, and for a ``doctor`` or ``inspect`` that finds
         something broken; 2 for arguments; 130 and 143 when interrupted.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    code = _main(sys.argv[1:] if argv is None else argv)
+    return _leave(code) if argv is None and code in (130, 143) else code
+
+
+def _main(argv: Sequence[str]) -> int:
     from converters.errors import CheckpointError
     from sega_jax.cli.console import logging_to_stderr
 
     try:
-        with _termination(), logging_to_stderr():
+        with _stopping(), logging_to_stderr():
             verb = _parse(argv)
             result = verb.run()
         if getattr(verb, "json", False):

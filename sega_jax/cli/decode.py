@@ -8,9 +8,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+from converters.errors import CheckpointError
 from sega_jax.cli.console import Phase
+from sega_jax.cli.generation.records import check_record
 from sega_jax.cli.options import ModelOptions, option
 from sega_jax.cli.outputs import LATENTS_SUFFIX
+from sega_jax.cli.targets import check_names, check_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +46,17 @@ class Decode(ModelOptions):
         from sega_jax.cli import outputs
         from sega_jax.decoding.decode import decode_with
         from sega_jax.families.registry import load_vae
-        from sega_jax.media.images import Image
+        from sega_jax.media.images import Image, check_saveable
         from sega_jax.media.latents import load_latents
         from sega_jax.pipeline.pipeline import default_dtype
         from sega_jax.runtime.cache import use_compilation_cache
-        from sega_jax.weights.hub import resolve
 
         if self.out is not None:
             outputs.check_pattern(self.out, (".png", ".jpg", ".jpeg", ".webp"), "out")
         latents, record = load_latents(self.latents.expanduser())
-        name = record.pop("output", None)
+        check_record(record, str(self.latents))
+        name = record.get("output")
+        record = {key: value for key, value in record.items() if key not in outputs.OF_LATENTS}
         model = self.model or record.get("model")
         if not model:
             raise ValueError(f"{self.latents} does not say which model it is of; give --model")
@@ -61,11 +65,13 @@ class Decode(ModelOptions):
         dtype = record.get("dtype") or default_dtype()
         use_compilation_cache()
         with Phase(f"loading the autoencoder of {model}"):
-            hub = self.hub(None if self.model else record.get("revision"))
-            vae, config = load_vae(resolve(model, components=["vae"], **hub), dtype)
+            vae, config = load_vae(self._folder(model, record), dtype)
         if latents.shape[-1] != config.latent_channels:
             raise ValueError(f"{self.latents}: {latents.shape[-1]} channels; {model} decodes {config.latent_channels}")
         record |= {"vae": mode} if record else {}
+        for path in paths:
+            height, width = (side * config.factor for side in latents.shape[1:3])
+            check_saveable(path, width, height, record)
         for path, one in zip(paths, latents, strict=True):
             with Phase(f"decoding {path}"):
                 pixels = decode_with(vae, config, one[None], dtype=dtype, mode=mode)
@@ -76,11 +82,25 @@ class Decode(ModelOptions):
         """The result for people."""
         return "\n".join(image["path"] for image in result["images"])
 
+    def _folder(self, model: str, record: dict) -> Path:
+        """The model's folder; one that only the file names is not asked for on the hub."""
+        from sega_jax.weights.hub import resolve
+
+        if self.model:
+            return resolve(model, components=["vae"], **self.hub())
+        hub = {**self.hub(record.get("revision")), "local_files_only": True}
+        try:
+            return resolve(model, components=["vae"], **hub)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{self.latents}: its record names the model {model}: {error}; to fetch it, give --model {model}"
+            ) from error
+
     def _paths(self, name: object, count: int, record: dict) -> list[Path]:
         from sega_jax.cli import outputs
 
+        stem = self.latents.name.removesuffix(LATENTS_SUFFIX).removesuffix(".safetensors")
         if self.out is None:
-            stem = self.latents.name.removesuffix(LATENTS_SUFFIX).removesuffix(".safetensors")
             # Only a plain name is taken from a file, and only an image's.
             plain = isinstance(name, str) and Path(name).name == name
             pattern = (
@@ -95,8 +115,14 @@ class Decode(ModelOptions):
         paths = (
             [first] if count == 1 else [first.with_name(f"{first.stem}-{i:03d}{first.suffix}") for i in range(count)]
         )
+        check_names(paths)
         outputs.check_folders(paths)
         for path in paths:
-            if path.exists() and not self.overwrite:
-                raise FileExistsError(f"{path} exists; give another --out, or --overwrite")
+            # A name that the file gives is not one that a person chose to overwrite.
+            chosen = self.out is not None or path.stem == stem
+            if path.exists() and not (self.overwrite and chosen):
+                raise FileExistsError(
+                    f"{path} exists; {'give another --out, or --overwrite' if chosen else 'give --out'}"
+                )
+        check_targets(paths)
         return paths

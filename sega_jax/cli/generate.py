@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import sys
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from converters.errors import CheckpointError
 from sega_jax.cli.console import Phase, say
+from sega_jax.cli.generation.records import import_typed, refuse_code
 from sega_jax.cli.options import ModelOptions, commit_of, option, shell
 
 DEFAULT_EVERY = 10  # steps between saves with --resume alone
@@ -112,6 +110,8 @@ class Generate(ModelOptions):
     """Go on from a saved state, bit for bit; starts anew where there is none."""
     overwrite: Annotated[bool, option("", "off")] = False
     """Replace other files of these names."""
+    trust_code: Annotated[bool, option("", "off")] = False
+    """Import module:name where --prompts or the record of --from-image names it; what is typed is always imported."""
     dry_run: Annotated[bool, option("", "off")] = False
     """Print the plan; loads no weights."""
     json: Annotated[bool, option("", "off")] = False
@@ -130,21 +130,24 @@ class Generate(ModelOptions):
             ValueError, TypeError: arguments.  CheckpointError, OSError: files.
         """
         from sega_jax.cli.generation import jobs as J
+        from sega_jax.cli.generation import preflight
 
         J.forget()
-        with _importable(Path.cwd()):
-            record = self._source_record()
-            requests = self._requests(record)
-            size = self.batch_size or (record or {}).get("batch_size") or 1
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"batch_size={size}: expected a positive whole number")
-            fill = record is not None and self.batch_size is None and self.num_images is None
-            return self._serve(requests, record or {}, size, fill)
+        preflight.forget()
+        record = self._source_record()
+        requests = self._requests(record)
+        size = self.batch_size or (record or {}).get("batch_size") or 1
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"batch_size={size}: expected a positive whole number")
+        fill = record is not None and self.batch_size is None and self.num_images is None
+        return self._serve(requests, record or {}, size, fill)
 
     def show(self, result: dict) -> str:
         """The result for people."""
         if self.dry_run:
-            return _show_plan(result)
+            from sega_jax.cli.generation.show import show_plan
+
+            return show_plan(result)
         return "\n".join(image["path"] for image in result["images"])
 
     # -- parts ---------------------------------------------------------------------------------------------------
@@ -176,6 +179,9 @@ class Generate(ModelOptions):
             if self.prompt is not None:
                 raise ValueError("a prompt and --prompts are both given; choose one")
             rows = R.read_rows(self.prompts.expanduser())
+            import_typed(given)
+            for line, row in rows:
+                self._named_by_a_file(row, f"{self.prompts} line {line}")
             # Options that cannot be checked apart from the rows they are meant for are checked with each.
             return [
                 R.build({**given, **row}, where=f"{self.prompts} line {line}", row=number)
@@ -183,6 +189,9 @@ class Generate(ModelOptions):
             ]
         if record is not None:
             base = R.from_record(record, str(self.from_image))
+            import_typed(given)
+            # What is typed replaces what the file says, so that it need not be looked at.
+            self._named_by_a_file({k: v for k, v in base.items() if k not in given}, str(self.from_image))
             if "ladder" in base:
                 base = _without_ladder(base, given, str(self.from_image))
             index = record["image_index"]
@@ -193,20 +202,43 @@ class Generate(ModelOptions):
             base.setdefault("out", f"{self.from_image.stem}-repeat{self.from_image.suffix}")
             indices = None if self.num_images is not None else (index,)
             return [R.build({**base, **given}, indices=indices)]
+        import_typed(given)
         return [R.build(given)]
+
+    def _named_by_a_file(self, values: dict[str, Any], where: str) -> None:
+        """Imports what a file names as code, if that is allowed, and refuses it otherwise."""
+        if self.trust_code:
+            import_typed(values)
+        else:
+            refuse_code(values, where)
+
+    def _resolve(self, model: str, hub: dict, own: bool, **options: Any) -> Path:
+        """The model's folder; one that only a record names is not asked for on the hub."""
+        from sega_jax.weights.hub import resolve
+
+        try:
+            return resolve(model, **options, **hub)
+        except CheckpointError as error:
+            if own:
+                raise CheckpointError(
+                    f"{self.from_image}: its record names the model {model}: {error}; to fetch it, give --model {model}"
+                ) from error
+            raise
 
     def _serve(self, requests: list, record: dict, size: int, fill: bool) -> dict:
         from sega_jax.cli.generation import jobs as J
+        from sega_jax.cli.generation import preflight, show
+        from sega_jax.cli.generation.engine import checkpoint_of
         from sega_jax.families.registry import family_of
         from sega_jax.models.adapters import guidance_settings
         from sega_jax.models.quantized import check_weights
         from sega_jax.pipeline.pipeline import default_dtype, versions
-        from sega_jax.weights.hub import resolve
         from sega_jax.weights.loras import lora_specs
 
         model = self.model or record.get("model") or "nano"
-        own = self.model is None  # the record's model, with the record's revision and transformer
+        own = self.model is None and "model" in record  # the record's model, with its revision and transformer
         hub = self.hub(record.get("revision") if own else None)
+        hub["local_files_only"] |= own
         transformer = self.transformer or (record.get("transformer") if own else None)
         other = None if transformer is None else Path(transformer).expanduser()
         if other is not None and not other.exists():
@@ -215,7 +247,7 @@ class Generate(ModelOptions):
         check_weights(weights)
         loras = lora_specs(self.lora or (record.get("loras") or () if own else ()))
         with Phase(f"looking up {model}"):
-            folder = resolve(model, weights=False, **hub)
+            folder = self._resolve(model, hub, own, weights=False)
         outline = family_of(folder).outline(folder, other)
         commit = commit_of(model, folder)
         run = {
@@ -229,16 +261,26 @@ class Generate(ModelOptions):
         }
         guiding = _guidance_lora([request.layout for request in requests], loras)
         settings = None if guiding is None else guidance_settings(Path(guiding.file).expanduser())
-        jobs = [J.look(job, self.overwrite) for job in J.make_jobs(requests, outline, run, settings)]
+        preflight.check_count(requests)
+        every = self.checkpoint_every or (DEFAULT_EVERY if self.resume else None)
+        jobs = J.make_jobs(requests, outline, run, settings)
+        preflight.check_jobs(jobs)
+        jobs = preflight.settle([J.look(job, self.overwrite) for job in jobs], look_only=self.dry_run)
+        unfinished = [job for job in jobs if job.state is not J.State.DONE]
+        preflight.check_places(unfinished, states=every is not None, look_only=self.dry_run)
         if record:
             self._warn_of_differences(record, versions(), size, fill)
         new = [job for job in jobs if job.state is J.State.NEW]
         batches = [J.Batch((job,), 1, ()) for job in jobs if job.state is J.State.LATENTS]
         batches += J.batches(new, size, fill=fill)
+        if every is not None:
+            for batch in batches:
+                if batch.key:
+                    checkpoint_of(batch, every, self.resume).look()
         classes = len({batch.key for batch in batches if batch.key})
         if self.dry_run:
-            return {"plans": [_plan_entry(job, outline) for job in jobs], "classes": classes, **run}
-        _report(jobs)
+            return {"plans": [show.plan_entry(job, outline) for job in jobs], "classes": classes, **run}
+        show.report(jobs)
         timings: dict[str, float] = {}
         if batches:
             from sega_jax.cli.generation.engine import Engine
@@ -270,7 +312,6 @@ class Generate(ModelOptions):
             if compiling is not None and not compiling.done():
                 with Phase("compiling, cached for the next time"):
                     compiling.result()
-            every = self.checkpoint_every or (DEFAULT_EVERY if self.resume else None)
             engine = Engine(pipe, len(new), every, self.resume)
             try:
                 for batch in batches:
@@ -284,7 +325,7 @@ class Generate(ModelOptions):
                         say(f"latents kept; finish this picture with: sega-jax decode {shell(path)}")
                 raise
             timings = {name: round(seconds, 3) for name, seconds in engine.timings.items()}
-        return {"images": [_image_entry(job) for job in jobs], "timings": timings, "classes": classes}
+        return {"images": [show.image_entry(job) for job in jobs], "timings": timings, "classes": classes}
 
     def _place(
         self, jobs: list, outline: Any, folder: Path, transformer: Path | None, run: dict, size: int
@@ -394,116 +435,3 @@ def _guidance_lora(layouts: list[str], loras: tuple) -> Any:
             "the weights with `sega-jax convert`"
         )
     return loras[0] if loras else None
-
-
-@contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Lets ``--positional module:name`` find modules in the current folder, after all others."""
-    place = str(folder)
-    added = place not in sys.path and "" not in sys.path
-    if added:
-        sys.path.append(place)
-    try:
-        yield
-    finally:
-        if added:
-            with contextlib.suppress(ValueError):
-                sys.path.remove(place)
-
-
-# -- what is said ------------------------------------------------------------------------------------------------
-
-
-def _mu(plan: Any) -> str:
-    if plan.mu_value is None:
-        return "constant shift of the checkpoint"
-    return f"{plan.mu_value:.4g}" + (f" ({plan.mu})" if isinstance(plan.mu, str) else "")
-
-
-def _recipe_line(job: Any) -> str:
-    plan = job.plan
-    auto = " (auto)" if job.request.positional == "auto" else ""
-    parts = [
-        f"{plan.width}x{plan.height}: positional {plan.positional}{auto}",
-        f"mu {_mu(plan)}",
-        f"{plan.steps} steps",
-    ]
-    if plan.layout.startswith("scale-dit"):
-        parts.append(f"layout {plan.layout}")
-    if plan.ladder is not None:
-        parts = [f"{plan.width}x{plan.height} by the ladder {job.record['ladder']}"]
-    if plan.guidance is not None:
-        parts.append(f"guidance {plan.guidance:g}")
-    if plan.negative_prompt is not None:
-        parts.append(f"true guidance {plan.true_guidance:g}")
-    if plan.estimate is not None:
-        parts.append(f"layout {plan.layout}, regions {plan.regions}: {plan.estimate}")
-    return f"{', '.join(parts)} [defaults: {plan.recipe}]"
-
-
-def _report(jobs: list) -> None:
-    """Says what is about to happen: each recipe once, and what is skipped."""
-    from sega_jax.cli.generation.jobs import State
-
-    for line in dict.fromkeys(_recipe_line(job) for job in jobs if job.state is State.NEW):
-        say(line)
-    done = [job for job in jobs if job.state is State.DONE]
-    for job in done[:5]:
-        say(f"{job.out}: exists with this very record, skipped")
-    if len(done) > 5:
-        say(f"… and {len(done) - 5} more skipped")
-
-
-def _plan_entry(job: Any, outline: Any) -> dict:
-    grid = outline.rope.grid_for_pixels(job.plan.height, job.plan.width)
-    return {
-        "row": job.request.row,
-        "out": str(job.out),
-        "state": job.state.value,
-        "tokens": [grid.width, grid.height],
-        "stretch": [grid.stretch[1], grid.stretch[0]],
-        "auto": job.request.positional == "auto",
-        "mu_value": job.plan.mu_value,
-        "flops": job.plan.estimate and job.plan.estimate.flops,
-        "share_of_full": job.plan.estimate and job.plan.estimate.share,
-        "source": job.plan.recipe,
-        "recipe": _recipe_line(job),
-        "record": job.record,
-    }
-
-
-def _image_entry(job: Any) -> dict:
-    from sega_jax.cli.generation.jobs import State
-
-    entry = {
-        "path": str(job.out),
-        "row": job.request.row,
-        "index": job.index,
-        "done": {State.DONE: "skipped", State.LATENTS: "decoded", State.NEW: "made"}[job.state],
-        "record": job.record,
-    }
-    return entry | ({"latents": str(job.latents)} if job.keeps_latents else {})
-
-
-def _show_plan(result: dict) -> str:
-    weights = f", {result['weights']} weights" if "weights" in result else ""
-    lines = [
-        f"model {result['model']}" + (f", transformer {result['transformer']}" if result["transformer"] else ""),
-        f"dtype {result['dtype']}{weights}, attention {result['backend']}, {result['classes']} compile class(es)",
-    ]
-    lines += [f"LoRA {lora['file']} with weight {lora['weight']:g}" for lora in result.get("loras", ())]
-    recipes = Counter(plan["recipe"] for plan in result["plans"])
-    for recipe, count in recipes.items():
-        plans = [plan for plan in result["plans"] if plan["recipe"] == recipe]
-        first = plans[0]
-        columns, rows = first["tokens"]
-        across, down = first["stretch"]
-        lines.append(f"{recipe.split(' [')[0]}")
-        lines.append(f"  source: {first['source']}")
-        lines.append(f"  {columns} x {rows} tokens, {across:g} x {down:g} of the trained sides; {count} picture(s):")
-        lines += [
-            f"  {plan['out']}: {plan['state']}; seed {plan['record']['seed']}, image {plan['record']['image_index']}, "
-            f"{plan['record']['prompt']!r}"
-            for plan in plans
-        ]
-    return "\n".join(lines)

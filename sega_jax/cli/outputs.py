@@ -11,6 +11,8 @@ from typing import Any
 
 FIELDS = ("seed", "index", "row", "width", "height", "prompt_slug")
 STATE_SUFFIX = ".state"
+TEMPORARY = "until_decoded"  # in the record of latents that go once their picture is there
+OF_LATENTS = ("output", TEMPORARY)  # what latents say besides the record of their picture
 LATENTS_SUFFIX = ".latents.safetensors"
 
 
@@ -21,8 +23,18 @@ def slug(prompt: str, longest: int = 48) -> str:
     return text[:longest].rstrip("-") or "untitled"
 
 
+# What may follow the colon of a field: how many digits or characters; a name has at most 255.
+_FORMAT = re.compile(r"0?\d{0,3}d?|\d{0,3}(\.\d{1,3})?s?")
+
+
 def _fields(pattern: str) -> list[str]:
-    return [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
+    names = []
+    for _, name, form, conversion in string.Formatter().parse(pattern):
+        if name is not None:
+            names.append(name)
+            if conversion or not _FORMAT.fullmatch(form or ""):
+                raise ValueError(f"{{{name}{'!' + conversion if conversion else ''}:{form}}}; try {{{name}:04d}}")
+    return names
 
 
 def check_pattern(pattern: str, suffixes: Sequence[str], option: str) -> None:

@@ -20,10 +20,23 @@ from sega_jax.media.images import Image
 from sega_jax.media.latents import load_latents, save_latents
 from sega_jax.pipeline.pipeline import Pipeline, Progress
 from sega_jax.pipeline.planning import regions_map
+from sega_jax.runtime.cache import keep_compiled
 from sega_jax.sampling.regions import get_regions, overlay
-from sega_jax.sampling.resume import Checkpoint, stop_on_sigterm
+from sega_jax.sampling.resume import Checkpoint, never, stop_on_sigterm
 
 CACHED_PROMPTS = 64
+
+
+def checkpoint_of(batch: Batch, every: int, resume: bool, stop: Callable[[], bool] = never) -> Checkpoint:
+    """Where the state of a batch is saved: under the name of its first picture."""
+    rows = filled(batch)
+    request = {"pictures": [job.record for job in rows]}
+    return Checkpoint(outputs.state_beside(batch.jobs[0].out), every, resume, stop, request)
+
+
+def filled(batch: Batch) -> list[Job]:
+    """The jobs of a batch, the last repeated until there is one for every row."""
+    return [*batch.jobs, *[batch.jobs[-1]] * (batch.size - len(batch.jobs))]
 
 
 class Engine:
@@ -72,11 +85,11 @@ class Engine:
             for job in batch.jobs:
                 latents, found = load_latents(job.latents)
                 say(f"{job.latents}: latents of an interrupted run, only to be decoded")
-                found.pop("output", None)
-                self._finish(job, latents, found)
+                temporary = found.get(outputs.TEMPORARY) is True
+                self._finish(job, latents, {k: v for k, v in found.items() if k not in outputs.OF_LATENTS}, temporary)
             return
         begun = time.perf_counter()
-        rows = [*batch.jobs, *[batch.jobs[-1]] * (batch.size - len(batch.jobs))]
+        rows = filled(batch)
         with Phase("encoding the prompt"):
             embeddings = self._embeddings(rows)
         self.timings["encode"] += time.perf_counter() - begun
@@ -86,20 +99,20 @@ class Engine:
             if self._every is not None:
                 # Unlike elsewhere, SIGTERM lets the step end; whatever follows the denoising can be cut off.
                 stop = stack.enter_context(stop_on_sigterm())
-                checkpoint = self._checkpoint(batch, rows, stop)
+                checkpoint = checkpoint_of(batch, self._every, self._resume, stop)
             latents = self._denoise(batch, rows, embeddings, checkpoint)
         records = [{**job.record, "batch_size": batch.size, **self.pipe.place()} for job in batch.jobs]
         for job, one, record in zip(batch.jobs, latents, records, strict=False):
-            save_latents(job.latents, one[None], {**record, "output": job.out.name})
+            extra = {"output": job.out.name} | ({} if job.keeps_latents else {outputs.TEMPORARY: True})
+            save_latents(job.latents, one[None], {**record, **extra})
             self.undecoded.append(job.latents)
         if checkpoint is not None:
             checkpoint.clear()
+        else:
+            checkpoint_of(batch, 1, False).clear_own()
         for job, one, record in zip(batch.jobs, latents, records, strict=False):
-            self._finish(job, one[None], record)
-
-    def _checkpoint(self, batch: Batch, rows: Sequence[Job], stop: Callable[[], bool]) -> Checkpoint:
-        request = {"pictures": [job.record for job in rows]}
-        return Checkpoint(outputs.state_beside(batch.jobs[0].out), self._every, self._resume, stop, request)
+            self._finish(job, one[None], record, not job.keeps_latents)
+        keep_compiled()
 
     def _denoise(
         self, batch: Batch, rows: Sequence[Job], embeddings: dict[str, Any], checkpoint: Checkpoint | None
@@ -189,16 +202,16 @@ class Engine:
             return given
         return np.asarray(self.pipe.noise(job.plan.seed, *job.plan.first_size, [job.index]))
 
-    def _finish(self, job: Job, latents: np.ndarray, record: dict) -> None:
+    def _finish(self, job: Job, latents: np.ndarray, record: dict, temporary: bool) -> None:
         if job.latents not in self.undecoded:
             self.undecoded.append(job.latents)
         begun = time.perf_counter()
         with Phase(f"decoding {job.out}"):
             pixels = self.pipe.decode(latents, vae=job.request.vae)
-            Image(pixels[0], record).save(job.out)
             if job.number in self._levels:
                 Image(overlay(pixels[0], self._levels.pop(job.number)), record).save(job.overlay)
+            Image(pixels[0], record).save(job.out)  # last, since its being there says that all is
         self.timings["decode"] += time.perf_counter() - begun
         self.undecoded.remove(job.latents)
-        if not job.keeps_latents:
+        if temporary and not job.keeps_latents:
             job.latents.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -123,7 +124,11 @@ def embeddings(request: Request, outline: Outline) -> dict[str, np.ndarray] | No
             raise CheckpointError(f"{path}: {name} has shape {list(shape)}; this model needs {expected}")
         if row >= shape[0]:
             raise CheckpointError(f"{path}: {name} has {shape[0]} rows; row {row} (from 0) is asked for")
-    return {name: arrays[name][row : row + 1] for name in names}
+    found = {name: arrays[name][row : row + 1] for name in names}
+    for name, array in found.items():
+        if 0 in array.shape or not np.isfinite(array.astype(np.float32)).all():
+            raise CheckpointError(f"{path}: {name} of row {row} is empty, or holds NaN or infinity")
+    return found
 
 
 def _check_embedding_rows(requests: Sequence[Request]) -> list[Request]:
@@ -279,6 +284,10 @@ def look(job: Job, overwrite: bool) -> Job:
     """
     if overwrite:
         return job
+    if job.plan.regions is not None and job.overlay.exists():
+        _check_overlay(job)
+    if job.out.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; give a file name", str(job.out))
     if job.out.exists():
         try:
             found = read_metadata(job.out)
@@ -297,7 +306,7 @@ def look(job: Job, overwrite: bool) -> Job:
             _, found = load_latents(job.latents)
         except CheckpointError as error:
             raise FileExistsError(f"{job.latents} is in the way ({error}); remove it, or give --overwrite") from error
-        different = outputs.differences(job.record, found, (*INCIDENTAL, "output"))
+        different = outputs.differences(job.record, found, (*INCIDENTAL, *outputs.OF_LATENTS))
         if different:
             raise FileExistsError(
                 f"{job.latents} holds the latents of another run ({', '.join(different)}); finish it with "
@@ -305,6 +314,21 @@ def look(job: Job, overwrite: bool) -> Job:
             )
         return replace(job, state=State.DONE if job.out.exists() else State.LATENTS)
     return job
+
+
+def _check_overlay(job: Job) -> None:
+    """Refuses to replace a picture of regions that is not this picture's."""
+    try:
+        different = outputs.differences(job.record, read_metadata(job.overlay), INCIDENTAL)
+    except (ValueError, OSError) as error:
+        raise FileExistsError(
+            f"{job.overlay} exists and is not of this picture ({error}); give another --out, or --overwrite"
+        ) from error
+    if different:
+        raise FileExistsError(
+            f"{job.overlay} exists and shows the regions of another picture ({', '.join(different)}); give another "
+            "--out, or --overwrite"
+        )
 
 
 def of_one_request(job: Job) -> bool:

@@ -6,10 +6,11 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sega_jax.cli.generation.records import check_record, check_text
 from sega_jax.cli.outputs import check_pattern
 
 # The types a value may have in a JSON row; the order of the fields is the order of the documentation.
@@ -35,6 +36,9 @@ ROW_SCHEMA: dict[str, tuple[type, ...]] = {
     "out": (str,),
     "save_latents": (str,),
 }
+
+
+LARGEST_FILE = 100_000_000  # bytes of prompts
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def parse_size(value: str | int) -> tuple[int, int]:
     Raises:
         ValueError: for anything else.
     """
-    match = re.fullmatch(r"\s*(\d+)(?:\s*[x×]\s*(\d+))?\s*", str(value), re.ASCII)
+    match = re.fullmatch(r"\s*(\d{1,9})(?:\s*[x×]\s*(\d{1,9}))?\s*", str(value)[:99], re.ASCII)
     if not match or not int(match[1]) or (match[2] is not None and not int(match[2])):
         raise ValueError(f"size={value!r}: expected a side in pixels such as 2048, or WIDTHxHEIGHT such as 2048x1024")
     return int(match[1]), int(match[2] or match[1])
@@ -111,23 +115,35 @@ def parse_mu(value: str | float) -> str | float:
         return value
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"mu={value!r}: expected native, clamp or a finite number")
     return number
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return dict(pairs)
+
+
 def read_rows(path: Path) -> list[tuple[int, dict]]:
     """Line numbers (from 1) and objects of a JSON-lines file; empty lines are skipped.
 
     Raises:
-        ValueError: for a line that is no JSON object, an unknown key, or a value of the wrong type.
+        ValueError: for a line that is no JSON object, an unknown key, or a value of the wrong type; a file that is
+            larger than any list of prompts.
         OSError: if it cannot be read.
     """
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ValueError(f"{path}: more than {LARGEST_FILE} bytes of prompts; split the file")
+        lines = content.decode().split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}); expected one JSON object per line") from error
     for number, line in enumerate(lines, 1):
@@ -135,7 +151,7 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
             continue
         where = f"{path} line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not valid JSON ({error}); expected one object per line") from error
         if not isinstance(row, dict):
@@ -169,14 +185,18 @@ def build(
     """
     try:
         return _build(dict(values), where, row, indices)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
 
 def _build(values: dict[str, Any], where: str, row: int, indices: tuple[int, ...] | None) -> Request:
+    from sega_jax.pipeline.planning import MOST_IMAGES
+
     count = values.pop("num_images", 1)
     if count < 1:
         raise ValueError(f"num_images={count}: expected a positive whole number")
+    if count > MOST_IMAGES:
+        raise ValueError(f"num_images={count}: expected at most {MOST_IMAGES}; vary the seed for more")
     if "size" in values:
         values["size"] = parse_size(values["size"])
     if "mu" in values:
@@ -188,6 +208,9 @@ def _build(values: dict[str, Any], where: str, row: int, indices: tuple[int, ...
         if "embeddings" not in values:
             raise ValueError("no prompt; give one, or --embeddings")
         values["prompt"] = ""
+    for name, value in values.items():
+        if isinstance(value, str):
+            check_text(value, name)
     request = Request(where, row, indices=tuple(range(count)) if indices is None else indices, **values)
     check(request)
     return request
@@ -203,9 +226,10 @@ def check(request: Request) -> None:
     from sega_jax.sampling import rungs
     from sega_jax.sampling.regions import parse_regions
     from sega_jax.sampling.registry import get_layout
+    from sega_jax.sampling.schedule import check_steps
 
-    if request.steps is not None and request.steps < 1:
-        raise ValueError(f"steps={request.steps}: expected a positive whole number")
+    if request.steps is not None:
+        check_steps(request.steps)
     if not 0 <= request.seed < 2**32:
         raise ValueError(f"seed={request.seed}: expected a whole number from 0 to {2**32 - 1}")
     for name in ("guidance", "true_guidance"):
@@ -256,7 +280,10 @@ def from_record(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     missing = [name for name in NEEDED if name not in record]
     if missing:
         raise ValueError(f"{where}: its record lacks {', '.join(missing)}, so the picture cannot be repeated exactly")
-    values = {field.name: record[field.name] for field in fields(Request) if field.name in record}
+    check_record(record, where)
+    # Where pictures go is for the person at the keyboard to say.
+    used = [name for name in ROW_SCHEMA if name not in ("size", "num_images", "out", "save_latents")]
+    values = {name: record[name] for name in used if name in record}
     values["size"] = f"{record['width']}x{record['height']}"
     for name in ("init_image", "init_latents", "embeddings"):
         if isinstance(record[name], Mapping):
