@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.scale_dit import ScaleDiT
-from sega_jax.models.flux import pack
+from sega_jax.models.flux import PACKING
 from sega_jax.pipeline.pipeline import Pipeline
 from sega_jax.runtime.provenance import provenance
 from sega_jax.sampling.scale_dit import small_stream
@@ -47,7 +47,7 @@ def main() -> None:
     runs = {}
     for name, layout in CONTESTANTS.items():
         velocity = pipe.velocity("none", layout)
-        content = {"low": pack(low)} if layout in (CONTESTANTS["K"], CONTESTANTS["P"]) else None
+        content = {"low": PACKING.pack(low)} if layout in (CONTESTANTS["K"], CONTESTANTS["P"]) else None
         if layout == CONTESTANTS["K, cached"]:
             made = small_stream(
                 pipe.params, velocity.method, low, asked, graphdef=velocity.graphdef,

@@ -56,8 +56,8 @@ def ours(options: argparse.Namespace) -> dict:
     pipe = Pipeline(parts, options.model, options.dtype, options.backend)
     latents = pipe.noise(0, side, side)
     text, pooled = np.resize(block, (1, parts.text_tokens, config.text_dim)), np.resize(block, (1, config.pooled_dim))
-    guidance = jnp.float32(3.5) if config.guidance_embeds else None
-    asked = Conditioning(jnp.asarray(text), jnp.asarray(pooled), guidance, None, None)
+    scales = {"guidance": jnp.float32(3.5)} if config.guidance_embeds else {}
+    asked = Conditioning({"text": jnp.asarray(text), "pooled": jnp.asarray(pooled)}, scales)
     velocity = pipe.velocity(options.positional)
 
     def run():

@@ -120,12 +120,12 @@ def estimate(
     sent = traffic(config, image, text, rows=rows, sizes=sizes, number=number, weights=whole,
                    scheme=scheme)  # fmt: skip
     how, decode = decode_bytes(parts, height, width, devices)
-    t5 = parameter_bytes(parts.t5)
+    reader = parameter_bytes(parts.encoders[family_named(parts.family).prompt_encoder])
     return Estimate(
         transformer=parameter_bytes(parts.transformer, sizes),
-        encoders=parameter_bytes(parts.t5, sizes) + parameter_bytes(parts.clip, sizes),
+        encoders=sum(parameter_bytes(encoder, sizes) for encoder in parts.encoders.values()),
         vae=parameter_bytes(parts.vae, sizes),
-        encode=mine * text * config.text_dim * 16 * number + (t5 // 12 if devices > 1 else 0),
+        encode=mine * text * config.text_dim * 16 * number + (reader // 12 if devices > 1 else 0),
         step=step,
         decode=decode,
         sent=sum(sent.values()),

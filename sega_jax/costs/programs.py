@@ -19,12 +19,11 @@ from sega_jax import positional as pe
 from sega_jax.costs import closed_form, jaxpr
 from sega_jax.costs.roofline import roofline
 from sega_jax.costs.targets import Target
-from sega_jax.decoding.decode import decode_latents, encode_text
+from sega_jax.decoding.decode import decode_latents
 from sega_jax.families.base import Parts
-from sega_jax.families.registry import text_length
+from sega_jax.families.registry import abstract_conditioning, family_named
 from sega_jax.geometry import Grid
 from sega_jax.models.abstract import Component
-from sega_jax.sampling.denoise import Conditioning
 from sega_jax.sampling.sampler import Stage
 
 
@@ -194,39 +193,33 @@ class Picture:
 
 
 def encode(r: Picture) -> Program:
-    """Both text encoders, all prompts of a batch."""
+    """The text encoders, all prompts of a batch."""
     parts, place = r.parts, r.place
-    clip_length, t5_length = text_length(parts)
+    family = family_named(parts.family)
     arguments = (
-        place.params(parts.clip),
-        place.params(parts.t5),
-        place.array((r.rows, clip_length), jnp.int32),
-        place.array((r.rows, t5_length), jnp.int32),
+        {name: place.params(encoder) for name, encoder in parts.encoders.items()},
+        {name: place.array((r.rows, count), jnp.int32) for name, count in family.token_counts(parts).items()},
     )
-    statics = {"clip": parts.clip.graphdef, "t5": parts.t5.graphdef, "dtype": r.dtype}
-    program = Program("encode", "T5 and CLIP", 1, r.closed.encoders, estimate=r.closed.encode)
-    program = _counted(program, jaxpr.count(lambda *a: encode_text(*a, **statics), *arguments), place.target)
-    return _compiled(program, place, lambda: encode_text.lower(*arguments, **statics), r.compile_)
+    graphdefs = tuple((name, encoder.graphdef) for name, encoder in parts.encoders.items())
+    statics = {"graphdefs": graphdefs, "dtype": r.dtype}
+    names = " and ".join(sorted((name.upper() for name in parts.encoders), reverse=True))
+    program = Program("encode", names, 1, r.closed.encoders, estimate=r.closed.encode)
+    program = _counted(program, jaxpr.count(lambda *a: family.encode(*a, **statics), *arguments), place.target)
+    return _compiled(program, place, lambda: family.encode.lower(*arguments, **statics), r.compile_)
 
 
 def step(r: Picture, stage: Stage) -> Program:
     """One denoising step of a stage, as its velocity advances."""
-    parts, place, config = r.parts, r.place, r.parts.transformer_config
+    parts, place = r.parts, r.place
 
     def canvas(shape: Sequence[int]) -> jax.ShapeDtypeStruct:
         return place.latents((r.batch, *shape))
 
     several = isinstance(stage.latents, Mapping)
     latents = {name: canvas(shape) for name, shape in stage.latents.items()} if several else canvas(stage.latents)
-    text = place.array((r.batch, r.grid.text_tokens, config.text_dim), r.dtype)
-    pooled = place.array((r.batch, config.pooled_dim), r.dtype)
     scalar = place.array((), jnp.float32)
-    conditioning = Conditioning(
-        text,
-        pooled,
-        scalar if config.guidance_embeds else None,
-        (text, pooled) if r.guided else None,
-        scalar if r.guided else None,
+    conditioning = abstract_conditioning(
+        parts, place.array, rows=r.batch, dtype=r.dtype, guided=r.guided, tokens=r.grid.text_tokens
     )
     velocity = replace(stage.velocity, mesh=place.mesh)
     if not place.target.devices:  # only counted, which is the same for every kernel; ours want their device
@@ -260,7 +253,7 @@ def step(r: Picture, stage: Stage) -> Program:
 def decode(r: Picture, mode: str) -> Program:
     """The decode of one picture: ``plain``, ``sharded`` or ``strips``, by `closed_form.Estimate.decode_how`."""
     parts, place, config = r.parts, r.place, r.parts.vae_config
-    shape = (1, 2 * r.grid.height, 2 * r.grid.width, config.latent_channels)
+    shape = (1, *parts.latent_shape(r.grid))
     whole = jax.ShapeDtypeStruct(shape, jnp.float32)
     statics = {"graphdef": parts.vae.graphdef, "config": config, "dtype": r.dtype}
     with place.context():

@@ -1,4 +1,4 @@
-"""The stages of a run around denoising: text encoders, VAE decode and encode.  Compiled functions of plain arrays."""
+"""Latents to pixels and back, as compiled functions of plain arrays, and the choice among the ways to decode."""
 
 from __future__ import annotations
 
@@ -23,14 +23,6 @@ logger = logging.getLogger(__name__)
 VaeMode = Literal["auto", "plain", "exact", "tiled"]
 PLAIN_DECODE_BYTES = 6 * 2**30  # the plain decode is chosen while its largest activations stay below this
 TILE = 128  # latent pixels per side of a decoder tile, a quarter of it shared with the neighbour
-
-
-@partial(jax.jit, static_argnames=("clip", "t5", "dtype"))
-def encode_text(clip_params, t5_params, clip_ids, t5_ids, *, clip: nnx.GraphDef, t5: nnx.GraphDef, dtype: str):
-    """T5 sequence [B, T, text_dim] and pooled CLIP vector [B, pooled_dim], in ``dtype``."""
-    cast = partial(jax.tree.map, lambda x: x.astype(dtype))
-    _, pooled = nnx.merge(clip, cast(clip_params))(clip_ids)
-    return nnx.merge(t5, cast(t5_params))(t5_ids).astype(dtype), pooled.astype(dtype)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "config", "dtype"))

@@ -18,13 +18,13 @@ from sega_jax.models.flux import Flux
 from sega_jax.nano import accuracy, render
 from sega_jax.pipeline.pipeline import Pipeline
 from sega_jax.sampling.crpa import (
-    PATCH,
     RESIZERS,
     Canvases,
     block_mean,
     composite,
     levels_map,
     noises,
+    pixels_of,
 )
 from sega_jax.sampling.regions import parse_regions
 from sega_jax.sampling.registry import get_layout
@@ -58,8 +58,8 @@ def _squares(got: Canvases, alone: Canvases, masks: Sequence[np.ndarray]) -> lis
     """Squared differences and squares of the reference, summed over the content of each level: f64 [2] a level."""
     sums = []
     for level, mask in enumerate(core(masks)):
-        inside = np.asarray(up(mask, PATCH))[..., None]
         reference = np.asarray(alone[level_name(level)], np.float64)
+        inside = np.asarray(pixels_of(mask, reference))
         difference = np.square(np.asarray(got[level_name(level)], np.float64) - reference)
         sums.append(np.array([(difference * inside).sum(), (np.square(reference) * inside).sum()]))
     return sums

@@ -19,12 +19,15 @@ from converters.components import Part
 from converters.errors import CheckpointError
 from converters.keymap import Slot
 from converters.reading.formats import read_json
-from sega_jax.geometry import RopeSpec
+from sega_jax.families.recipes import Recipe
+from sega_jax.geometry import Grid, RopeSpec
 from sega_jax.models.abstract import Component, build_abstract, parameters
 from sega_jax.models.flux import FluxConfig
+from sega_jax.models.packing import Packing
 from sega_jax.models.quantized import Weights, scales
 from sega_jax.models.tokenize import TextTokenizer
 from sega_jax.models.vae import VaeConfig
+from sega_jax.sampling.denoise import Combine
 from sega_jax.sampling.schedule import Schedule
 from sega_jax.sharding.rules import Shardings
 from sega_jax.weights.load import Change, load_part
@@ -41,6 +44,8 @@ class Outline:
         schedule: of the noise.
         rope: rotary geometry.
         text_tokens: tokens a prompt is padded to.
+        packing: latents to tokens.
+        takes_guidance: whether a guidance scale was distilled into the network, as an input.
     """
 
     family: str
@@ -49,32 +54,48 @@ class Outline:
     schedule: Schedule
     rope: RopeSpec
     text_tokens: int
+    packing: Packing
+    takes_guidance: bool
+
+    def latent_shape(self, grid: Grid) -> tuple[int, int, int]:
+        """(h, w, C) of the latents of a token grid."""
+        return *self.packing.latents(grid.height, grid.width), self.packing.channels(
+            self.transformer_config.in_channels
+        )
 
 
 @dataclass(frozen=True)
 class Parts(Outline):
-    """Everything a text-to-image pipeline of a family consists of."""
+    """Everything a text-to-image pipeline of a family consists of.
+
+    Attributes:
+        transformer, vae: the denoising network and the autoencoder.
+        encoders: text encoders, by the family's name for them.
+        tokenizers: of the encoders, by the same names; empty where parts are abstract.
+    """
 
     transformer: Component
-    clip: Component
-    t5: Component
-    clip_tokenizer: TextTokenizer
-    t5_tokenizer: TextTokenizer
+    encoders: Mapping[str, Component]
+    tokenizers: Mapping[str, TextTokenizer]
     vae: Component
 
 
 class Family(Protocol):
-    """How pipelines of a family are read.
+    """How pipelines of a family are read, and what is their own on the way from a prompt to a prediction.
 
     Attributes:
         name: of the family.
         pipeline_class: ``_class_name`` of its ``model_index.json``.
         presets: outlines of models known by name, with the sizes published in their configurations.
+        prompt_encoder: name of the encoder whose tokens are the text stream.
+        combine: predictions with and without the prompt to one (`sampling.denoise.classifier_free`).
     """
 
     name: str
     pipeline_class: str
     presets: Mapping[str, Callable[[], Outline]]
+    prompt_encoder: str
+    combine: Combine
 
     def outline(self, folder: Path, transformer: Path | None = None) -> Outline:
         """The outline of a pipeline folder; arguments as in `load`."""
@@ -110,6 +131,37 @@ class Family(Protocol):
         self, source: str | Path, dtype: DTypeLike, transformer: Path | None = None, weights: Weights = "full"
     ) -> Parts:
         """The parts without numbers or tokenizers, of a preset's name or of a folder's configurations."""
+
+    def encode(
+        self,
+        params: Mapping[str, nnx.State],
+        ids: Mapping[str, Any],
+        *,
+        graphdefs: tuple[tuple[str, nnx.GraphDef], ...],
+        dtype: str,
+    ) -> dict[str, jax.Array]:
+        """Token ids i32 [B, T] by encoder to the arrays of a `Conditioning`; compiled, with all but arrays static."""
+
+    def token_counts(self, parts: Parts) -> Mapping[str, int]:
+        """Tokens of a prompt, by encoder."""
+
+    def conditioning_spec(self, outline: Outline, tokens: int | None = None) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what `encode` gives, without the batch; ``tokens``: of the text stream, default the outline's."""
+
+    def scales(self, outline: Outline, guidance: float | None) -> Mapping[str, float | None]:
+        """The scalars that the network reads (`Conditioning.scales`), of which distilled guidance is one."""
+
+    def recipe(self, outline: Outline, grid: Grid) -> Recipe:
+        """Defaults for a picture of this grid."""
+
+    def guided_recipe(self, outline: Outline, known: Recipe, guidance: float, positional: str | None) -> Recipe:
+        """Defaults of layout ``scale-dit``, from those of the plain layout.
+
+        Args:
+            known: defaults of the plain layout.
+            guidance: of the large picture, where the checkpoint takes it.
+            positional: what the LoRA was trained with, if it says so.
+        """
 
 
 def configured(what: Path, build: Callable[[Mapping], Any]) -> Any:

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import jax
+from flax import nnx
 from jax.typing import DTypeLike
 
 from converters.components import open_component
 from converters.errors import CheckpointError
 from converters.lora import changes
 from converters.reading.formats import read_json
+from sega_jax.families import recipes
 from sega_jax.families.base import Outline, Parts, abstract_component, configured, load_component
+from sega_jax.families.recipes import Recipe
+from sega_jax.geometry import Grid
 from sega_jax.models.clip import ClipConfig, ClipTextEncoder
-from sega_jax.models.flux import Flux, FluxConfig
+from sega_jax.models.flux import PACKING, Flux, FluxConfig
 from sega_jax.models.quantized import Weights, quantized
 from sega_jax.models.t5 import T5Config, T5Encoder
 from sega_jax.models.tokenize import TextTokenizer, load_clip_tokenizer, load_t5_tokenizer
 from sega_jax.models.vae import Vae, VaeConfig
+from sega_jax.sampling.denoise import classifier_free
 from sega_jax.sampling.schedule import Schedule
 from sega_jax.sharding.rules import Shardings
 from sega_jax.weights.loras import LoraSpec
 
 SCHNELL_TEXT_TOKENS = 256  # its tokenizer allows 512, the published pipeline uses 256
 LONGEST_TEXT = 512
+NARROW_TEXT = 1024  # no published T5 is narrower; nano's is
 
 
 def _flux_config(path: Path) -> FluxConfig:
@@ -64,8 +71,10 @@ def outline_flux(folder: Path, transformer: Path | None = None) -> Outline:
         transformer_config=config,
         vae_config=vae_config,
         schedule=schedule,
-        rope=config.rope_spec((trained, trained), vae_config.factor * 2),
+        rope=config.rope_spec((trained, trained), vae_config.factor * PACKING.patch),
         text_tokens=int(min(limit, longest)),
+        packing=PACKING,
+        takes_guidance=config.guidance_embeds,
     )
 
 
@@ -110,17 +119,16 @@ def load_flux(
     return Parts(
         **vars(outline),
         transformer=loaded["transformer"],
-        clip=loaded["text_encoder"],
-        t5=loaded["text_encoder_2"],
-        clip_tokenizer=clip_tokenizer,
-        t5_tokenizer=t5_tokenizer,
+        encoders={"clip": loaded["text_encoder"], "t5": loaded["text_encoder_2"]},
+        tokenizers={"clip": clip_tokenizer, "t5": t5_tokenizer},
         vae=loaded["vae"],
     )
 
 
 def _flux(config: FluxConfig, schedule: Schedule, text_tokens: int) -> Outline:
     vae = VaeConfig.flux()
-    return Outline("flux", config, vae, schedule, config.rope_spec((64, 64), 2 * vae.factor), text_tokens)
+    rope = config.rope_spec((64, 64), PACKING.patch * vae.factor)
+    return Outline("flux", config, vae, schedule, rope, text_tokens, PACKING, config.guidance_embeds)
 
 
 PRESETS = {  # with the sizes published in their configurations
@@ -137,10 +145,8 @@ def _abstract_parts(
     return Parts(
         **vars(outline),
         transformer=component(network(outline, weights)),
-        clip=component(partial(ClipTextEncoder, clip)),
-        t5=component(partial(T5Encoder, t5)),
-        clip_tokenizer=None,
-        t5_tokenizer=None,
+        encoders={"clip": component(partial(ClipTextEncoder, clip)), "t5": component(partial(T5Encoder, t5))},
+        tokenizers={},
         vae=component(partial(Vae, outline.vae_config)),
     )
 
@@ -156,16 +162,78 @@ def abstract_flux(
     return _abstract_parts(outline_flux(source, transformer), clip, t5, dtype, weights)
 
 
+@partial(jax.jit, static_argnames=("graphdefs", "dtype"))
+def encode(
+    params: Mapping[str, nnx.State],
+    ids: Mapping[str, jax.Array],
+    *,
+    graphdefs: tuple[tuple[str, nnx.GraphDef], ...],
+    dtype: str,
+) -> dict[str, jax.Array]:
+    """T5's sequence as ``text`` [B, T, text_dim], CLIP's pooled vector as ``pooled`` [B, pooled_dim], in ``dtype``."""
+    cast = partial(jax.tree.map, lambda x: x.astype(dtype))
+    made = {name: nnx.merge(graphdef, cast(params[name]))(ids[name]) for name, graphdef in graphdefs}
+    return {"text": made["t5"].astype(dtype), "pooled": made["clip"][1].astype(dtype)}
+
+
+def token_counts(parts: Parts) -> Mapping[str, int]:
+    """CLIP reads as many tokens as it has positions."""
+    clip = parts.encoders["clip"]
+    positions = nnx.merge(clip.graphdef, clip.params).positions
+    return {"clip": jax.tree.leaves(nnx.state(positions))[0].shape[0], "t5": parts.text_tokens}
+
+
+def conditioning_spec(outline: Outline, tokens: int | None = None) -> Mapping[str, tuple[int, ...]]:
+    """Shapes without the batch."""
+    config = outline.transformer_config
+    return {
+        "text": (outline.text_tokens if tokens is None else tokens, config.text_dim),
+        "pooled": (config.pooled_dim,),
+    }
+
+
+def guidance_scales(outline: Outline, guidance: float | None) -> Mapping[str, float | None]:
+    """The distilled guidance scale, for checkpoints that take it."""
+    return {"guidance": guidance} if outline.takes_guidance else {}
+
+
+def _is_nano(outline: Outline) -> bool:
+    return outline.transformer_config.text_dim < NARROW_TEXT
+
+
+def recipe(outline: Outline, grid: Grid) -> Recipe:
+    """See `Family.recipe`."""
+    return recipes.recipe(
+        grid,
+        guidance_embeds=outline.takes_guidance,
+        dynamic_shift=outline.schedule.dynamic,
+        text_width=outline.transformer_config.text_dim,
+    )
+
+
+def guided_recipe(outline: Outline, known: Recipe, guidance: float, positional: str | None) -> Recipe:
+    """See `Family.guided_recipe`."""
+    return recipes.guided_recipe(known, guidance, nano=_is_nano(outline), positional=positional)
+
+
 class Flux1:
     """The family; see `sega_jax.families.base.Family`."""
 
     name = "flux"
     pipeline_class = "FluxPipeline"
     presets = PRESETS
+    prompt_encoder = "t5"
+    combine = staticmethod(classifier_free)
     outline = staticmethod(outline_flux)
     load = staticmethod(load_flux)
     network = staticmethod(network)
     abstract = staticmethod(abstract_flux)
+    encode = staticmethod(encode)
+    token_counts = staticmethod(token_counts)
+    conditioning_spec = staticmethod(conditioning_spec)
+    scales = staticmethod(guidance_scales)
+    recipe = staticmethod(recipe)
+    guided_recipe = staticmethod(guided_recipe)
 
 
 FAMILY = Flux1()

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 
 from converters.components import open_component
 from converters.errors import CheckpointError
 from converters.reading.formats import read_json
 from sega_jax.families import flux
-from sega_jax.families.base import Family, Parts, configured, load_component
+from sega_jax.families.base import Family, Outline, Parts, configured, load_component
 from sega_jax.models.abstract import Component
 from sega_jax.models.quantized import Weights
 from sega_jax.models.vae import Vae, VaeConfig
+from sega_jax.sampling.denoise import Conditioning
 from sega_jax.sharding.rules import Shardings
 from sega_jax.weights.hub import resolve
 from sega_jax.weights.loras import LoraSpec
@@ -100,7 +99,27 @@ def skeleton(
     return family_of(folder).abstract(folder, dtype, transformer, weights)
 
 
-def text_length(parts: Parts) -> tuple[int, int]:
-    """Tokens of a prompt for CLIP and for T5."""
-    positions = nnx.merge(parts.clip.graphdef, parts.clip.params).positions
-    return jax.tree.leaves(nnx.state(positions))[0].shape[0], parts.text_tokens
+def abstract_conditioning(
+    outline: Outline,
+    array: Callable[[tuple[int, ...], Any], Any],
+    *,
+    rows: int,
+    dtype: Any,
+    guided: bool,
+    tokens: int | None = None,
+) -> Conditioning:
+    """What a run conditions on, with shapes for numbers.
+
+    Args:
+        outline: of the pipeline.
+        array: makes an abstract array from its shape and dtype.
+        rows: pictures of a call.
+        dtype: of encoded prompts.
+        guided: whether a negative prompt is given.
+        tokens: of the text stream; default the outline's.
+    """
+    family = family_named(outline.family)
+    shapes = family.conditioning_spec(outline, tokens)
+    encoded = {name: array((rows, *shape), dtype) for name, shape in shapes.items()}
+    scales = {name: array((), jnp.float32) for name in family.scales(outline, None)}
+    return Conditioning(encoded, scales, encoded if guided else None, array((), jnp.float32) if guided else None)

@@ -21,12 +21,15 @@ from sega_jax.attention import attend
 from sega_jax.geometry import RopeSpec
 from sega_jax.layouts.streams import Call, Stream
 from sega_jax.models import adapters as lowrank
+from sega_jax.models.denoiser import StepInputs
 from sega_jax.models.layers import LayerNorm, Linear, RMSNorm, stack, timestep_embedding, zeros
+from sega_jax.models.packing import Packing
 from sega_jax.sharding.rules import gathered
 from sega_jax.sharding.split import Split
 
 TIME_FEATURES = 256  # width of the sinusoidal features of sigma and guidance
 
+PACKING = Packing()  # of latents into tokens
 MLP_RATIO = 4  # hidden width of the MLPs over the model width, in every published checkpoint
 
 
@@ -271,7 +274,8 @@ class Flux(nnx.Module):
 
         layout, grid = Dense(), config.rope_spec().grid(64, 64, text_tokens=512)
         calls = bind(layout.calls(grid), {"image": {"text": plain(grid), "image": plain(grid)}})
-        velocity = flux({"text": text, "image": tokens}, sigma, pooled, guidance, calls)["image"]
+        inputs = StepInputs({"text": text, "image": tokens}, sigma, {"pooled": pooled, "guidance": guidance})
+        velocity = flux(inputs, calls)["image"]
     """
 
     def __init__(self, config: FluxConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
@@ -289,22 +293,23 @@ class Flux(nnx.Module):
         self.out = Linear(width, config.in_channels, axes=("embed", None), init=zeros, dtype=dtype, rngs=rngs)
         self.adapters: lowrank.Adapters | None = None  # for streams that ask for them
 
-    def condition(self, sigma: jax.Array, pooled: jax.Array, guidance: jax.Array | None) -> jax.Array:
+    def probe(self) -> jax.Array:
+        """See `Denoiser.probe`."""
+        return self.image_embed.kernel[...].astype(jnp.float32).mean(-1)
+
+    def condition(self, sigma: jax.Array, extras: Mapping[str, jax.Array]) -> jax.Array:
         """The vector that modulates a stream: float32 [B, width]."""
         vector = self.time(timestep_embedding(sigma * 1000.0, TIME_FEATURES))
-        vector = vector + self.pooled(pooled.astype(jnp.float32))
+        vector = vector + self.pooled(extras["pooled"].astype(jnp.float32))
         if self.guidance is None:
             return vector
-        if guidance is None:
+        if extras.get("guidance") is None:
             raise ValueError("guidance=None: this checkpoint has a guidance embedding and needs a value")
-        return vector + self.guidance(timestep_embedding(guidance * 1000.0, TIME_FEATURES))
+        return vector + self.guidance(timestep_embedding(extras["guidance"] * 1000.0, TIME_FEATURES))
 
     def __call__(
         self,
-        inputs: Mapping[str, jax.Array],
-        sigma: jax.Array,
-        pooled: jax.Array,
-        guidance: jax.Array | None,
+        inputs: StepInputs,
         calls: tuple[Call, ...],
         *,
         streams: tuple[Stream, ...] = (Stream("text", "text"), Stream("image", "image")),
@@ -317,10 +322,8 @@ class Flux(nnx.Module):
         """Velocity of every image stream.
 
         Args:
-            inputs: stream name -> tokens: text [B, T, text_dim], image streams [B, N, in_channels].
-            sigma: noise level in [0, 1], f32 [B]; streams with a sigma of their own ignore it.
-            pooled: pooled CLIP text, [B, pooled_dim].
-            guidance: distilled guidance scale f32 [B]; ignored by models without the embedding.
+            inputs: of this evaluation; extras are ``pooled``, the pooled CLIP text [B, pooled_dim], and ``guidance``,
+                the distilled guidance scale f32 [B], ignored by models without the embedding.
             calls: bound attention calls of the layout.
             streams: how each stream is treated, in the order of attention.
             backend: attention kernel.
@@ -333,9 +336,9 @@ class Flux(nnx.Module):
             Image stream name -> velocity ``noise - clean``, [B, N, in_channels], in the dtype of the input.
         """
         conditioning, hidden, _ = self._blocks(
-            inputs, sigma, pooled, guidance, calls, streams, backend, remat=remat, mesh=mesh, given=given, unroll=unroll
+            inputs, calls, streams, backend, remat=remat, mesh=mesh, given=given, unroll=unroll
         )
-        split = _split(mesh, inputs, streams)
+        split = _split(mesh, inputs.streams, streams)
         out = {}
         for stream in streams:
             if stream.kind == "image":
@@ -346,27 +349,19 @@ class Flux(nnx.Module):
 
     def keys_values(
         self,
-        inputs: Mapping[str, jax.Array],
-        sigma: jax.Array,
-        pooled: jax.Array,
-        guidance: jax.Array | None,
+        inputs: StepInputs,
         calls: tuple[Call, ...],
         *,
         streams: tuple[Stream, ...],
         backend: str = "auto",
     ) -> dict[str, KeysValues]:
         """Keys and values of every stream, for streams that stay as they are from step to step; as `__call__`."""
-        _, _, (double, single) = self._blocks(
-            inputs, sigma, pooled, guidance, calls, streams, backend, keep=tuple(s.name for s in streams)
-        )
+        _, _, (double, single) = self._blocks(inputs, calls, streams, backend, keep=tuple(s.name for s in streams))
         return {stream.name: KeysValues(double[stream.name], single[stream.name]) for stream in streams}
 
     def _blocks(
         self,
-        inputs: Mapping[str, jax.Array],
-        sigma: jax.Array,
-        pooled: jax.Array,
-        guidance: jax.Array | None,
+        inputs: StepInputs,
         calls: tuple[Call, ...],
         streams: tuple[Stream, ...],
         backend: str,
@@ -381,10 +376,11 @@ class Flux(nnx.Module):
 
         ``keep`` names streams whose keys and values are returned per block.
         """
-        shared = self.condition(sigma, pooled, guidance)
+        sigma, extras = inputs.sigma, inputs.extras
+        shared = self.condition(sigma, extras)
         conditioning, hidden = {}, {}
         adapters = self.adapters
-        split = _split(mesh, inputs, streams)
+        split = _split(mesh, inputs.streams, streams)
         if mesh is not None and given:
             raise ValueError(f"keys and values given for {', '.join(given)}: on a mesh every stream has to run along")
         apart = mesh is not None and mesh.shape["tensor"] > 1
@@ -393,12 +389,12 @@ class Flux(nnx.Module):
             return hidden if split is None else {name: split.hold(name, x) for name, x in hidden.items()}
 
         for stream in streams:
-            x = inputs[stream.name]
+            x = inputs.streams[stream.name]
             if split is not None:
                 x = split.enter(stream.name, x)
             vector = shared
             if stream.sigma is not None:
-                vector = self.condition(jnp.full_like(sigma, stream.sigma), pooled, guidance)
+                vector = self.condition(jnp.full_like(sigma, stream.sigma), extras)
             conditioning[stream.name] = vector.astype(x.dtype)
             hidden[stream.name] = self.text_embed(x) if stream.kind == "text" else self.image_embed(x)
             if stream.adapter == "all" and adapters is not None and adapters.image_embed is not None:
@@ -439,19 +435,3 @@ class Flux(nnx.Module):
         hidden, doubles = jax.lax.scan(double, hold(hidden), (self.double, changes[0], others[0]), unroll=unroll)
         hidden, singles = jax.lax.scan(single, hidden, (self.single, changes[1], others[1]), unroll=unroll)
         return conditioning, hidden, (doubles, singles)
-
-
-def pack(latents: jax.Array) -> jax.Array:
-    """Latents [B, H, W, C] to tokens [B, H/2 * W/2, 4 C]: 2x2 patches, channels outermost as in the weights."""
-    batch, height, width, channels = latents.shape
-    if height % 2 or width % 2:
-        raise ValueError(f"latents of {height} x {width}: FLUX packs 2x2 patches, both sides must be even")
-    x = latents.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, height // 2 * (width // 2), channels * 4)
-
-
-def unpack(tokens: jax.Array, height: int, width: int) -> jax.Array:
-    """Inverse of `pack` for a grid of ``height`` x ``width`` tokens: -> [B, 2 height, 2 width, C]."""
-    batch, _, channels = tokens.shape
-    x = tokens.reshape(batch, height, width, channels // 4, 2, 2)
-    return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, height * 2, width * 2, channels // 4)

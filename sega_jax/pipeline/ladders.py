@@ -11,7 +11,7 @@ import numpy as np
 
 from sega_jax import positional as pe
 from sega_jax.families.base import Outline
-from sega_jax.families.recipes import recipe
+from sega_jax.families.registry import family_named
 from sega_jax.geometry import Grid
 from sega_jax.layouts.scalediff import Neighborhood
 from sega_jax.layouts.streams import Layout
@@ -71,7 +71,7 @@ def resolve(
         raise ValueError(
             f"ladder={text_of(rungs)!r} with init_image: the picture takes the place of the first size; give two sizes"
         )
-    spec, config, schedule = outline.rope, outline.transformer_config, outline.schedule
+    spec, schedule = outline.rope, outline.schedule
     grids = [spec.grid_for_pixels(rung.height, rung.width, outline.text_tokens) for rung in rungs]
     for below, above in itertools.pairwise(rungs):
         if above.width <= below.width or above.height <= below.height:
@@ -96,12 +96,7 @@ def resolve(
             if isinstance(whose, Neighborhood) and whose.window is None and window != spec.trained:
                 whose = replace(whose, window=window)
             seen = next(iter(whose.grids(grid).values()))
-            known = recipe(
-                seen,
-                guidance_embeds=config.guidance_embeds,
-                dynamic_shift=schedule.dynamic,
-                text_width=config.text_dim,
-            )
+            known = family_named(outline.family).recipe(outline, seen)
             named = positional if rung.positional is None else rung.positional
             method = pe.describe(pe.get(known.positional if named == "auto" else named))
             count = check_steps(rung.steps or steps or known.steps)

@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from sega_jax import __version__
 from sega_jax import positional as pe
 from sega_jax.attention.context.route import SCHEMES
-from sega_jax.decoding.decode import TILE, VaeMode, decode_with, encode_image, encode_text
+from sega_jax.decoding.decode import TILE, VaeMode, decode_with, encode_image
 from sega_jax.decoding.tiles import encode_tiled
-from sega_jax.families.base import Parts
-from sega_jax.families.registry import family_of, load_parts
+from sega_jax.families.base import Family, Parts
+from sega_jax.families.registry import family_named, family_of, load_parts
 from sega_jax.geometry import Grid
 from sega_jax.layouts.streams import Layout
 from sega_jax.media.images import Image, load_image
@@ -207,61 +207,60 @@ class Pipeline:
     ) -> Conditioning:
         """Prompts to conditioning; guidance defaults as in `plan`."""
         parts = self.parts
-        clip, t5 = self._fetched(parts.clip), self._fetched(parts.t5)
+        encoders = {name: self._fetched(encoder) for name, encoder in parts.encoders.items()}
+        graphdefs = tuple((name, encoder.graphdef) for name, encoder in encoders.items())
+        params = {name: encoder.params for name, encoder in encoders.items()}
+        reader = parts.tokenizers[self.family.prompt_encoder]
 
-        def embed(texts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
+        def embed(texts: Sequence[str]) -> dict[str, jax.Array]:
             for text in dict.fromkeys(texts):
-                unknown = parts.t5_tokenizer.unknown_words(text)
+                unknown = reader.unknown_words(text)
                 if unknown:
                     logger.warning("words this model has never seen: %s", ", ".join(unknown))
-                lost = parts.t5_tokenizer.truncated(text)
+                lost = reader.truncated(text)
                 if lost:
-                    logger.warning("the prompt is cut at %d tokens; ignored: %s", parts.t5_tokenizer.length, lost)
-            return encode_text(
-                clip.params,
-                t5.params,
-                parts.clip_tokenizer(list(texts)),
-                parts.t5_tokenizer(list(texts)),
-                clip=clip.graphdef,
-                t5=t5.graphdef,
-                dtype=self.dtype,
-            )
+                    logger.warning("the prompt is cut at %d tokens; ignored: %s", reader.length, lost)
+            ids = {name: tokenizer(list(texts)) for name, tokenizer in parts.tokenizers.items()}
+            return self.family.encode(params, ids, graphdefs=graphdefs, dtype=self.dtype)
 
-        text, pooled = embed(prompts)
-        guided = parts.transformer_config.guidance_embeds
         return self.condition(
-            text,
-            pooled,
+            embed(prompts),
             negative=None if negative_prompt is None else embed([negative_prompt] * len(prompts)),
-            guidance=(3.5 if guidance is None else guidance) if guided else None,
+            guidance=guidance,
             true_guidance=true_guidance,
         )
 
+    @property
+    def family(self) -> Family:
+        return family_named(self.parts.family)
+
     def condition(
         self,
-        text: jax.Array,
-        pooled: jax.Array,
+        arrays: Mapping[str, jax.Array],
         *,
-        negative: tuple[jax.Array, jax.Array] | None = None,
+        negative: Mapping[str, jax.Array] | None = None,
         guidance: float | None = None,
         true_guidance: float | None = None,
     ) -> Conditioning:
-        """Conditioning from embeddings: T5 sequence [B, T, text_dim] and pooled CLIP vector [B, pooled_dim].
+        """Conditioning from embeddings, named and shaped as the family's encoders give them, a row per picture.
 
         Raises:
             ValueError: for embeddings of another model.
         """
-        config = self.parts.transformer_config
-        for name, value, width, rank in (("text", text, config.text_dim, 3), ("pooled", pooled, config.pooled_dim, 2)):
-            if value.ndim != rank or value.shape[-1] != width:
-                raise ValueError(f"{name} embeddings {value.shape}: expected rank {rank} with width {width}")
+        tokens = arrays["text"].shape[1] if "text" in arrays and arrays["text"].ndim == 3 else None
+        for name, expected in self.family.conditioning_spec(self.parts, tokens).items():
+            if name not in arrays:
+                raise ValueError(f"embeddings: {name} missing; got {sorted(arrays)}")
+            if arrays[name].shape[1:] != expected:
+                raise ValueError(f"{name} embeddings {arrays[name].shape}: expected {list(expected)} per picture")
         scalar = partial(jnp.asarray, dtype=jnp.float32)
+        known = self.family.recipe(self.parts, self.parts.rope.grid(*self.parts.rope.trained))
+        scales = self.family.scales(self.parts, known.guidance if guidance is None else guidance)
         return Conditioning(
-            jnp.asarray(text),
-            jnp.asarray(pooled),
-            None if guidance is None else scalar(guidance),
+            {name: jnp.asarray(x) for name, x in arrays.items()},
+            {name: scalar(value) for name, value in scales.items()},
             negative,
-            None if negative is None else scalar(3.0 if true_guidance is None else true_guidance),
+            None if negative is None else scalar(known.true_guidance if true_guidance is None else true_guidance),
         )
 
     def noise(self, seed: int, height: int, width: int, indices: Sequence[int] = (0,)) -> jax.Array:
@@ -270,7 +269,7 @@ class Pipeline:
 
     def latent_shape(self, grid: Grid) -> tuple[int, int, int]:
         """(h, w, C) of the latents of a token grid."""
-        return 2 * grid.height, 2 * grid.width, self.parts.transformer_config.in_channels // 4
+        return self.parts.latent_shape(grid)
 
     def sigmas(self, steps: int, height: int, width: int, mu: MuPolicy = "clamp") -> np.ndarray:
         """Noise levels of a run, float32 [steps + 1]."""
@@ -285,10 +284,12 @@ class Pipeline:
             self.parts.transformer.graphdef,
             pe.get(positional),
             layout,
-            _LatentGrid(self.parts.rope),
+            self.parts.rope,
             self.dtype,
             self.backend if self.context == "auto" else f"{self.context}+{self.backend}",
             self.mesh,
+            self.parts.packing,
+            self.family.combine,
         )
 
     def decode(self, latents: jax.Array | np.ndarray, *, vae: VaeMode = "auto") -> np.ndarray:
@@ -375,8 +376,9 @@ class Pipeline:
                 the first is made from noise, or is ``init_image``; each of the others starts from the one before.
                 ``layout`` and ``positional`` are those of sizes that name none; the first size is dense.
             init_latents: initial noise f32 [B, h, w, C] instead of the seed's, or a file of them.
-            embeddings: precomputed ``text`` [B, T, text_dim] and ``pooled`` [B, pooled_dim] used in place of the
-                encoders' output, one row per prompt (``negative_text``, ``negative_pooled`` for a negative prompt).
+            embeddings: precomputed arrays in place of the encoders' output, named and shaped as `encode` gives them
+                (``text`` [B, T, text_dim] and what else the family has), one row per prompt; with a negative prompt
+                ``negative_text`` and so on, too.
             decode: whether to decode; latents are returned in any case.
             vae: see `decode`.
             on_step: called after every step of every batch.
@@ -509,7 +511,8 @@ class Pipeline:
         guidance, scale = plan.guidance, plan.true_guidance
         if embeddings is None:
             return self.encode(prompts, negative_prompt=plan.negative_prompt, guidance=guidance, true_guidance=scale)
-        needed = ["text", "pooled"] + ["negative_text", "negative_pooled"] * (plan.negative_prompt is not None)
+        names = list(self.family.conditioning_spec(self.parts))
+        needed = names + [f"negative_{name}" for name in names] * (plan.negative_prompt is not None)
         missing = [name for name in needed if name not in embeddings]
         if missing:
             raise ValueError(f"embeddings: {', '.join(missing)} missing; got {sorted(embeddings)}")
@@ -517,9 +520,11 @@ class Pipeline:
         for name, array in arrays.items():
             if len(array) != len(prompts):
                 raise ValueError(f"embeddings: {name} has {len(array)} rows for {len(prompts)} prompts")
-        negative = (arrays["negative_text"], arrays["negative_pooled"]) if len(needed) == 4 else None
+        negative = None
+        if plan.negative_prompt is not None:
+            negative = {name: arrays[f"negative_{name}"] for name in names}
         return self.condition(
-            arrays["text"], arrays["pooled"], negative=negative, guidance=guidance, true_guidance=scale
+            {name: arrays[name] for name in names}, negative=negative, guidance=guidance, true_guidance=scale
         )
 
     def _given_latents(self, latents: Any, grid: Grid, count: int) -> np.ndarray:
@@ -573,16 +578,6 @@ class _Durable:
 
     checkpoint: Checkpoint
     request: dict
-
-
-@dataclass(frozen=True)
-class _LatentGrid:
-    """Latent sides to a token grid; hashable, so a `Velocity` can be."""
-
-    rope: Any
-
-    def __call__(self, height: int, width: int, text_tokens: int) -> Grid:
-        return self.rope.grid(height // 2, width // 2, text_tokens)
 
 
 def _rows(conditioning: Conditioning, rows: list[int]) -> Conditioning:

@@ -11,7 +11,7 @@ import numpy as np
 
 from sega_jax import positional as pe
 from sega_jax.families.base import Outline
-from sega_jax.families.recipes import guided_recipe, recipe
+from sega_jax.families.registry import family_named
 from sega_jax.geometry import Grid
 from sega_jax.layouts.scalediff import Neighborhood
 from sega_jax.layouts.streams import Layout
@@ -137,13 +137,9 @@ def plan(
     width = native[1] * side if width is None else width
     grid = outline.rope.grid_for_pixels(height, width, outline.text_tokens)
     config, schedule = outline.transformer_config, outline.schedule
-    known = recipe(
-        grid,
-        guidance_embeds=config.guidance_embeds,
-        dynamic_shift=schedule.dynamic,
-        text_width=config.text_dim,
-    )
-    if guidance is not None and not config.guidance_embeds:
+    family = family_named(outline.family)
+    known = family.recipe(outline, grid)
+    if guidance is not None and not outline.takes_guidance:
         raise ValueError(
             f"guidance={guidance}: this checkpoint has no guidance input; use negative_prompt with true_guidance"
         )
@@ -185,7 +181,7 @@ def plan(
         if strength is not None:
             raise ValueError("init_image: layout scale-dit starts from a small picture of its own; use layout='dense'")
         own = guidance_lora or {}
-        known = guided_recipe(known, layout.guidance, nano=config.text_dim < 1024, positional=own.get("positional"))
+        known = family.guided_recipe(outline, known, layout.guidance, own.get("positional"))
     elif guidance_lora is not None:
         raise ValueError(f"layout={layout.name!r}: a LoRA of the guidance stream works with layout='scale-dit' only")
     if isinstance(positional, str) and positional == "auto":
@@ -214,7 +210,7 @@ def plan(
         width=width,
         height=height,
         steps=steps,
-        guidance=(known.guidance if guidance is None else float(guidance)) if config.guidance_embeds else None,
+        guidance=(known.guidance if guidance is None else float(guidance)) if outline.takes_guidance else None,
         true_guidance=known.true_guidance if true_guidance is None else float(true_guidance),
         seed=seed,
         num_images=num_images,

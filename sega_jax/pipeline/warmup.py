@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sega_jax import positional as pe
-from sega_jax.families.registry import skeleton
+from sega_jax.families.registry import abstract_conditioning, skeleton
 from sega_jax.models.abstract import Component
 from sega_jax.models.quantized import Weights
 from sega_jax.pipeline.pipeline import Pipeline
 from sega_jax.pipeline.planning import Plan
-from sega_jax.sampling.denoise import Conditioning
 from sega_jax.sampling.sampler import Euler
 from sega_jax.sharding.rules import shardings
 
@@ -68,22 +68,15 @@ def compile_step(pipe: Pipeline, plan: Plan, method: pe.Method, *, batch: int, t
     sampler = pipe.sampler(plan, method, plan.layout)
     if not isinstance(sampler, Euler):
         return False
-    parts, config = pipe.parts, pipe.parts.transformer_config
+    parts = pipe.parts
 
-    def array(*shape: int, dtype: str = pipe.dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
-    tokens = parts.text_tokens if text_tokens is None else text_tokens
-    encoded = array(batch, tokens, config.text_dim), array(batch, config.pooled_dim)
-    guided = plan.negative_prompt is not None
-    scalar = array(dtype="float32")
-    conditioning = Conditioning(
-        *encoded,
-        guidance=scalar if config.guidance_embeds else None,
-        negative=encoded if guided else None,
-        true_guidance=scalar if guided else None,
+    conditioning = abstract_conditioning(
+        parts, array, rows=batch, dtype=pipe.dtype, guided=plan.negative_prompt is not None, tokens=text_tokens
     )
-    latents = array(batch, *sampler.shape, dtype="float32")
+    latents = array((batch, *sampler.shape), "float32")
     sampler.velocity.lower(parts.transformer.params, latents, conditioning).compile()
     return True
 

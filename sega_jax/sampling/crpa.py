@@ -25,7 +25,6 @@ from sega_jax.sampling.regions import Regions
 from sega_jax.sampling.sampler import Noise, Stage, State
 
 Canvases = dict[str, jax.Array]
-PATCH = 2  # latent pixels per token side
 
 
 @dataclass(frozen=True)
@@ -188,8 +187,9 @@ def rewound(coarse: jax.Array, sigma: jax.Array, fresh: Canvases, *, z: float) -
     return {level_name(0): a * nearest(coarse) + b * fine, level_name(1): a * coarse + b * still}
 
 
-def _pixels(mask: jax.Array) -> jax.Array:
-    return up(mask, PATCH)[..., None]
+def pixels_of(mask: jax.Array, latents: jax.Array) -> jax.Array:
+    """A mask of tokens [b, H, W] for the latent pixels they cover, [b, h, w, 1]."""
+    return up(mask, latents.shape[1] // mask.shape[1])[..., None]
 
 
 def composite(clean: Canvases, refined: tuple[jax.Array, ...], resizer: Resizer) -> Canvases:
@@ -201,12 +201,15 @@ def composite(clean: Canvases, refined: tuple[jax.Array, ...], resizer: Resizer)
         resizer: between levels.
     """
     levels = len(refined) + 1
-    inside = [None if level == levels - 1 else _pixels(up(refined[level])) for level in range(levels)]
+    inside = [
+        None if level == levels - 1 else pixels_of(up(refined[level]), clean[level_name(level)])
+        for level in range(levels)
+    ]
     whole = []
     for level in range(levels):
         picture = clean[level_name(level)]
         if level:
-            picture = jnp.where(_pixels(refined[level - 1]), resizer.down(whole[-1]), picture)
+            picture = jnp.where(pixels_of(refined[level - 1], picture), resizer.down(whole[-1]), picture)
         if inside[level] is not None:  # a resizer may look across the border
             picture = jnp.where(inside[level], picture, nearest(clean[level_name(level + 1)]))
         whole.append(picture)
@@ -237,7 +240,7 @@ def settle(
     for level, own in enumerate(core(refined)):
         name = level_name(level)
         moved = latents[name] + (sigma_next - sigma) * velocity[name]
-        out[name] = jnp.where(_pixels(own), moved, (1 - sigma_next) * whole[name] + sigma_next * noise[name])
+        out[name] = jnp.where(pixels_of(own, moved), moved, (1 - sigma_next) * whole[name] + sigma_next * noise[name])
     return out
 
 
@@ -436,7 +439,7 @@ class CoarseMixedFine:
         height, width, channels = self.shape
         shapes = {level_name(level): (height >> level, width >> level, channels) for level in range(self.levels)}
         first, second = self.splits
-        grid = self.velocity.spec_grid(height, width, 0)
+        grid = self.velocity.grid_of(height, width, 0)
         layout, last = self.options.expected(self.regions, grid), self.levels - 1
         masks = tuple(
             jax.ShapeDtypeStruct((1, grid.height >> level, grid.width >> level), bool) for level in range(1, last + 1)

@@ -7,7 +7,7 @@ method class): sigma, guidance, spectra and the method's numbers are traced.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from sega_jax import positional as pe
-from sega_jax.geometry import Grid
+from sega_jax.geometry import Grid, RopeSpec
 from sega_jax.layouts.blocks import Leaf
 from sega_jax.layouts.streams import Content, Layout, bind, ordered
-from sega_jax.models.flux import pack, unpack
+from sega_jax.models.denoiser import StepInputs
+from sega_jax.models.packing import Packing
 from sega_jax.sharding.mesh import DATA, latent_sharding, put, sharding
 from sega_jax.sharding.rules import gathered
 
@@ -32,18 +33,50 @@ class Conditioning:
     """What the model is asked for.
 
     Attributes:
-        text: T5 sequence [B, T, text_dim].
-        pooled: pooled CLIP vector [B, pooled_dim].
-        guidance: distilled guidance scale, f32 scalar, or None for models without the embedding.
-        negative: ``(text, pooled)`` to steer away from (true classifier-free guidance), or None.
-        true_guidance: scale of true guidance, f32 scalar; with a negative prompt only.
+        arrays: encoded prompts by name, a row per picture: ``"text"`` [B, T, text_dim] is the text stream's tokens, the
+            others are the family's own, such as a pooled vector [B, D].
+        scales: f32 scalars that the network itself reads, such as ``"guidance"`` where it was distilled.
+        negative: arrays to steer away from (true classifier-free guidance), named as ``arrays``; or None.
+        true_guidance: scale of true guidance, f32 scalar; with ``negative`` only.
     """
 
-    text: Leaf
-    pooled: Leaf
-    guidance: Leaf = None
-    negative: Leaf = None
+    arrays: Mapping[str, Leaf]
+    scales: Mapping[str, Leaf] = field(default_factory=dict)
+    negative: Mapping[str, Leaf] | None = None
     true_guidance: Leaf = None
+
+    @property
+    def text_tokens(self) -> int:
+        """Length of the text stream."""
+        return self.arrays["text"].shape[1]
+
+    def rows(self) -> Mapping[str, Leaf]:
+        """The arrays of all model rows: with a negative prompt its rows follow the others'."""
+        if self.negative is None:
+            return self.arrays
+        return {name: jnp.concatenate([x, self.negative[name]]) for name, x in self.arrays.items()}
+
+    def inputs(self, streams: Mapping[str, jax.Array], sigma: jax.Array, arrays: Mapping[str, Leaf]) -> StepInputs:
+        """An evaluation's inputs.
+
+        Args:
+            streams: tokens of every stream of the layout.
+            sigma: f32 scalar.
+            arrays: of `rows`, or more rows of the kind.
+        """
+        count = len(arrays["text"])
+        scales = {name: jnp.broadcast_to(value, (count,)) for name, value in self.scales.items()}
+        extras = {name: x for name, x in arrays.items() if name != "text"}
+        return StepInputs(streams, jnp.broadcast_to(sigma, (count,)), extras | scales)
+
+
+SQUARES = Packing()  # of two by two latent pixels, as most families have them
+Combine = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def classifier_free(positive: jax.Array, negative: jax.Array, scale: jax.Array) -> jax.Array:
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) of tokens [B, N, C] with and without the prompt."""
+    return negative + scale * (positive - negative)
 
 
 def _twice(x: jax.Array) -> jax.Array:
@@ -76,7 +109,57 @@ def _per_sample(change: Callable[[jax.Array], jax.Array], rope: pe.Rope, batch: 
     return jax.tree.map(one, rope)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "layout", "grid", "dtype", "backend", "mesh"))
+Ropes = dict[str, dict[str, pe.Rope]]
+
+
+def _phases(
+    method: pe.Method,
+    layout: Layout,
+    grid: Grid,
+    canvases: Mapping[str, jax.Array],
+    whole: jax.Array,
+    probe: jax.Array,
+    sigma: jax.Array,
+    step: jax.Array,
+    state: Any,
+) -> tuple[Ropes, dict[str, Any]]:
+    """The ropes of every grid of a layout, and the method's next memory, from the spectrum of packed latents.
+
+    Args:
+        canvases: packed latents by canvas, f32 [B, N, C]; ``whole``: those of the largest.
+        probe: see `Denoiser.probe`.
+        Other arguments as of `predict`.
+    """
+    ropes, new_state = {}, {}
+    for name, rope_grid in layout.grids(grid).items():
+        canvas = canvases.get(name, whole)
+        seen = rope_grid if rope_grid.tokens == canvas.shape[1] else grid  # windows: the statistic is the canvas's
+        spectrum = pe.statistic(method, canvas, seen, probe)
+        memory = None if state is None else state[name]
+        signals = pe.Signals(sigma=sigma, spectrum=spectrum, step=step, state=memory)
+        ropes[name] = method(rope_grid, signals)
+        new_state[name] = pe.next_state(method, rope_grid, signals)
+    return ropes, new_state
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a network is given, a row per picture or two: to be repeated for guidance and filled for a mesh."""
+
+    tokens: Mapping[str, jax.Array]
+    content: Content
+    ropes: Ropes
+
+    def changed(self, change: Callable[[jax.Array], jax.Array], rows: int) -> _Rows:
+        """``change`` of all that has one row per sample, of which there are ``rows``."""
+        return _Rows(
+            {name: change(x) for name, x in self.tokens.items()},
+            jax.tree.map(lambda x: change(x) if x.shape[0] == rows > 1 else x, self.content),
+            {n: {k: _per_sample(change, rope, rows) for k, rope in r.items()} for n, r in self.ropes.items()},
+        )
+
+
+@partial(jax.jit, static_argnames=("graphdef", "layout", "grid", "dtype", "backend", "mesh", "packing", "combine"))
 def predict(
     params: nnx.State,
     method: pe.Method,
@@ -93,11 +176,13 @@ def predict(
     dtype: str,
     backend: str = "auto",
     mesh: Mesh | None = None,
+    packing: Packing = SQUARES,
+    combine: Combine = classifier_free,
 ) -> tuple[Latents, Any]:
     """Velocity ``noise - clean`` at one noise level, and the method's next state.
 
     Args:
-        params: transformer parameters.
+        params: of the network, a `Denoiser`.
         method: positional method, in traceable form (`positional.traceable`).
         latents: model-scale latents, f32 [B, H, W, C], or a layout's canvases of them by name.
         sigma: noise level, f32 scalar.
@@ -105,67 +190,47 @@ def predict(
         step: i32 scalar, index of the step.
         state: the method's memory by the name of the layout's grid, or None.
         content: what of the layout is traced, or None.
-        graphdef: structure of the transformer.
+        graphdef: structure of the network.
         layout: where tokens sit and whom they see.
         grid: token grid.
         dtype: of activations.
         backend: attention kernel.
         mesh: devices; the parameters lie there (`sharding.rules.shardings`).
+        packing: latents to tokens.
+        combine: predictions with and without the prompt to one, tokens [B, N, C] and the scale.
     """
     model = gathered(nnx.merge(graphdef, params), mesh)
     batch = largest(latents).shape[0]
-    canvases = {name: pack(x.astype(jnp.float32)) for name, x in _canvases(latents).items()}
-    # The embedder is affine, so its output averaged over channels is the latent times this vector (sega.md §4.1).
-    probe = model.image_embed.kernel[...].astype(jnp.float32).mean(-1)
+    canvases = {name: packing.pack(x.astype(jnp.float32)) for name, x in _canvases(latents).items()}
+    whole = packing.pack(largest(latents).astype(jnp.float32))
+    ropes, new_state = _phases(method, layout, grid, canvases, whole, model.probe(), sigma, step, state)
 
-    ropes, new_state = {}, {}
-    for name, rope_grid in layout.grids(grid).items():
-        canvas = canvases[name] if name in canvases else pack(largest(latents).astype(jnp.float32))
-        seen = rope_grid if rope_grid.tokens == canvas.shape[1] else grid  # windows: the statistic is the canvas's
-        spectrum = pe.statistic(method, canvas, seen, probe)
-        memory = None if state is None else state[name]
-        signals = pe.Signals(sigma=sigma, spectrum=spectrum, step=step, state=memory)
-        ropes[name] = method(rope_grid, signals)
-        new_state[name] = pe.next_state(method, rope_grid, signals)
-
-    tokens = ordered(layout, grid, layout.enter(canvases, content))
-    shared = content  # of the rows with and without the prompt
-    text, pooled = conditioning.text, conditioning.pooled
+    rows = _Rows(ordered(layout, grid, layout.enter(canvases, content)), content, ropes)
+    arrays = conditioning.rows()
     guided = conditioning.negative is not None
     if guided:
-        text = jnp.concatenate([text, conditioning.negative[0]])
-        pooled = jnp.concatenate([pooled, conditioning.negative[1]])
-        tokens = {name: _twice(x) for name, x in tokens.items()}
-        shared = jax.tree.map(lambda x: _twice(x) if x.shape[0] == batch > 1 else x, content)
-        ropes = {n: {k: _per_sample(_twice, rope, batch) for k, rope in r.items()} for n, r in ropes.items()}
-    asked = rows = text.shape[0]
-    if mesh is not None and rows % mesh.shape[DATA]:
-        rows += -rows % mesh.shape[DATA]
-        fill = partial(_filled, rows=rows)
-        text, pooled = fill(text), fill(pooled)
-        tokens = {name: fill(x) for name, x in tokens.items()}
-        shared = jax.tree.map(lambda x: fill(x) if x.shape[0] == asked > 1 else x, shared)
-        ropes = {n: {k: _per_sample(fill, rope, asked) for k, rope in r.items()} for n, r in ropes.items()}
-    guidance = conditioning.guidance
-    given = layout.given(shared) if hasattr(layout, "given") else None
+        rows = rows.changed(_twice, batch)
+    asked = count = arrays["text"].shape[0]
+    if mesh is not None and count % mesh.shape[DATA]:
+        count += -count % mesh.shape[DATA]
+        fill = partial(_filled, rows=count)
+        arrays, rows = {name: fill(x) for name, x in arrays.items()}, rows.changed(fill, asked)
+    tokens = {"text": arrays["text"], **rows.tokens}
     streams = model(
-        {"text": text.astype(dtype)} | {name: x.astype(dtype) for name, x in tokens.items()},
-        jnp.broadcast_to(sigma, (rows,)),
-        pooled,
-        None if guidance is None else jnp.broadcast_to(guidance, (rows,)),
-        bind(layout.calls(grid, shared), ropes),
+        conditioning.inputs({name: x.astype(dtype) for name, x in tokens.items()}, sigma, arrays),
+        bind(layout.calls(grid, rows.content), rows.ropes),
         streams=layout.streams(),
         backend=backend,
         mesh=mesh,
-        given=given,
+        given=layout.given(rows.content) if hasattr(layout, "given") else None,
     )
     streams = {name: x[:asked].astype(jnp.float32) for name, x in streams.items()}
     if guided:
-        halves = {name: (x[:batch], x[batch:]) for name, x in streams.items()}
-        streams = {name: n + conditioning.true_guidance * (p - n) for name, (p, n) in halves.items()}
-    sides = {name: (x.shape[1] // 2, x.shape[2] // 2) for name, x in _canvases(latents).items()}
+        scale = conditioning.true_guidance
+        streams = {name: combine(x[:batch], x[batch:], scale) for name, x in streams.items()}
+    sides = {name: packing.tokens(*x.shape[1:3]) for name, x in _canvases(latents).items()}
     left = layout.leave(ordered(layout, grid, streams, inverse=True), canvases, content)
-    velocity = {name: unpack(x, *sides[name]) for name, x in left.items()}
+    velocity = {name: packing.unpack(x, *sides[name]) for name, x in left.items()}
     if mesh is not None:
         velocity = {
             name: jax.lax.with_sharding_constraint(x, latent_sharding(mesh, x.shape)) for name, x in velocity.items()
@@ -214,15 +279,21 @@ class Velocity:
     graphdef: nnx.GraphDef
     method: pe.Method
     layout: Layout
-    spec_grid: Any  # (latent height, latent width, text tokens) -> Grid
+    rope: RopeSpec
     dtype: str
     backend: str = "auto"
     mesh: Mesh | None = None
+    packing: Packing = SQUARES
+    combine: Combine = classifier_free
+
+    def grid_of(self, height: int, width: int, text_tokens: int) -> Grid:
+        """The token grid of latents of these sides."""
+        return self.rope.grid(*self.packing.tokens(height, width), text_tokens)
 
     def grid(self, latents: Latents, conditioning: Conditioning) -> Grid:
         """The token grid of these latents, or of the largest of several canvases."""
         canvas = largest(latents)
-        return self.spec_grid(canvas.shape[1], canvas.shape[2], conditioning.text.shape[1])
+        return self.grid_of(canvas.shape[1], canvas.shape[2], conditioning.text_tokens)
 
     def _statics(self, latents: Latents, conditioning: Conditioning) -> dict[str, Any]:
         """What `predict` is compiled for besides shapes."""
@@ -233,6 +304,8 @@ class Velocity:
             "dtype": self.dtype,
             "backend": self.backend,
             "mesh": self.mesh,
+            "packing": self.packing,
+            "combine": self.combine,
         }
 
     def initial_state(self, latents: Latents, conditioning: Conditioning) -> Any:

@@ -166,7 +166,7 @@ class Ladder:
         made = []
         for number, (level, count) in enumerate(zip(self.levels, self.counts, strict=True)):
             if count:
-                grid = level.velocity.spec_grid(*level.shape[:2], 0)
+                grid = level.velocity.grid_of(*level.shape[:2], 0)
                 content = jax.eval_shape(partial(draw, level.velocity.layout, grid=grid), jax.random.key(0))
                 made.append(Stage(f"size {number + 1}", count, level.velocity, level.shape, content))
         return tuple(made)

@@ -23,7 +23,7 @@ from sega_jax import positional as pe
 from sega_jax.geometry import Grid
 from sega_jax.layouts.scale_dit import ScaleDiT
 from sega_jax.layouts.streams import bind
-from sega_jax.models.flux import pack
+from sega_jax.models.packing import Packing
 from sega_jax.sampling import latent_ops
 from sega_jax.sampling.denoise import Conditioning, Velocity, add_noise, euler
 from sega_jax.sampling.sampler import Noise, Stage, State
@@ -227,7 +227,7 @@ def sharpen(images: jax.Array) -> jax.Array:
     return jnp.clip(2 * images - blurred, -1, 1)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "layout", "grid", "dtype", "backend"))
+@partial(jax.jit, static_argnames=("graphdef", "layout", "grid", "dtype", "backend", "packing"))
 def small_stream(
     params: nnx.State,
     method: pe.Method,
@@ -238,6 +238,7 @@ def small_stream(
     layout: ScaleDiT,
     grid: Grid,
     dtype: str,
+    packing: Packing,
     backend: str = "auto",
 ) -> Any:
     """Keys and values of the small picture in every block, for all steps (mask K, scale_dit.md §4).
@@ -252,18 +253,12 @@ def small_stream(
         The pairs of `KeysValues` with the rows leading: [B or 2 B, layers, N, heads, head_dim].
     """
     model = nnx.merge(graphdef, params)
-    tokens, pooled = pack(low).astype(dtype), conditioning.pooled
+    tokens = packing.pack(low).astype(dtype)
     if conditioning.negative is not None:
         tokens = jnp.concatenate([tokens, tokens])
-        pooled = jnp.concatenate([pooled, conditioning.negative[1]])
-    rows = len(tokens)
     ropes = {"image": method(grid, pe.Signals(sigma=jnp.zeros(()), step=jnp.zeros((), jnp.int32)))}
-    guidance = conditioning.guidance
     made = model.keys_values(
-        {"low": tokens},
-        jnp.zeros((rows,)),
-        pooled,
-        None if guidance is None else jnp.broadcast_to(guidance, (rows,)),
+        conditioning.inputs({"low": tokens}, jnp.zeros(()), conditioning.rows()),
         bind(layout.calls(grid), ropes),
         streams=layout.streams(),
         backend=backend,
@@ -307,8 +302,8 @@ class TwoStage:
             layout = replace(layout, low="stream")
         along, content = replace(self.windowed, layout=layout), None
         if layout.low == "stream":
-            tokens = height * width // 4 // ratio**2
-            content = {"low": jax.ShapeDtypeStruct((1, tokens, 4 * channels), jnp.float32)}
+            one = jax.ShapeDtypeStruct((1, height // ratio, width // ratio, channels), jnp.float32)
+            content = {"low": jax.eval_shape(self.windowed.packing.pack, one)}
         return (
             Stage("small picture", len(self.low_sigmas) - 1, self.plain, self.low_shape),
             Stage("windows", len(self.sigmas) - 1, along, self.shape, content),
@@ -334,8 +329,9 @@ class TwoStage:
         first = len(self.low_sigmas) - 1
         if index < first:
             small = conditioning
-            if conditioning.guidance is not None:
-                small = replace(conditioning, guidance=jnp.asarray(self.settings.low_guidance, jnp.float32))
+            if "guidance" in conditioning.scales:
+                low = jnp.asarray(self.settings.low_guidance, jnp.float32)
+                small = replace(conditioning, scales={**conditioning.scales, "guidance": low})
             sigma = self.low_sigmas[index]
             change, memory = self.plain.advance(params, state["low"], sigma, small, index, state["method"])
             state = {**state, "low": euler(state["low"], change, sigma, self.low_sigmas[index + 1]), "method": memory}
@@ -362,6 +358,7 @@ class TwoStage:
                 grid=self.windowed.grid(latents, conditioning),
                 dtype=self.windowed.dtype,
                 backend=self.windowed.backend,
+                packing=self.windowed.packing,
             )
         return {**result, "latents": latents, "method": self.windowed.initial_state(latents, conditioning)}
 
@@ -370,7 +367,7 @@ class TwoStage:
         content = None
         velocity = replace(self.windowed, layout=self._layout())
         if velocity.layout.low == "stream":
-            content = {"low": pack(state["low"])}
+            content = {"low": velocity.packing.pack(state["low"])}
         elif velocity.layout.low == "cached":
             content = {"given": {"low": state["cache"]}}
         change, memory = velocity.advance(params, latents, sigma, conditioning, index, state["method"], content)

@@ -18,6 +18,7 @@ from flax import nnx
 
 from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.streams import Call, bind
+from sega_jax.models.denoiser import StepInputs
 from sega_jax.nano import model as nano
 from sega_jax.positional.rope import plain
 from sega_jax.training import fast_products
@@ -77,9 +78,8 @@ def predict(modules: Mapping[str, nnx.Module], batch: Batch, noisy: jax.Array, s
     _, pooled = modules["text_encoder"](batch.clip_ids)
     text = modules["text_encoder_2"](batch.t5_ids)
     inputs = {"text": text, "image": noisy}
-    velocity = modules["transformer"](
-        inputs, sigma, pooled, None, batch.calls, backend=fast_products.BACKEND, unroll=True
-    )
+    inputs = StepInputs(inputs, sigma, {"pooled": pooled})
+    velocity = modules["transformer"](inputs, batch.calls, backend=fast_products.BACKEND, unroll=True)
     return velocity["image"]
 
 

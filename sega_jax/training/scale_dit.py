@@ -29,7 +29,8 @@ from sega_jax.layouts.streams import bind
 from sega_jax.models import adapters as lowrank
 from sega_jax.models.abstract import Component
 from sega_jax.models.adapters import Adapters
-from sega_jax.models.flux import pack
+from sega_jax.models.denoiser import StepInputs
+from sega_jax.models.flux import PACKING
 from sega_jax.sampling.scale_dit import Guided, parse, steady
 from sega_jax.sharding.mesh import DATA, latent_sharding, put, sharding
 from sega_jax.sharding.rules import gathered
@@ -163,21 +164,19 @@ def guidance_loss(
         lowrank.attach(model, nnx.merge(adapters, adapted))
         model = gathered(model, mesh)
         rows, height, width, _ = batch.image.shape
-        grid = rope.grid(height // 2, width // 2, batch.text.shape[1])
+        grid = rope.grid(*PACKING.tokens(height, width), batch.text.shape[1])
         turned = {"image": method(grid, pe.Signals(sigma=jnp.zeros(()), step=jnp.zeros((), jnp.int32)))}
         calls = bind(layout.calls(grid), turned)
         sigma_key, noise_key = jax.random.split(key)
         sigma = sample_sigma(sigma_key, rows, jnp.zeros(()))
-        clean = pack(batch.image)
+        clean = PACKING.pack(batch.image)
         noise = jax.random.normal(noise_key, clean.shape)
 
         def velocity(noisy: jax.Array, sigma: jax.Array) -> jax.Array:
-            inputs = {"text": batch.text, "image": noisy, "low": pack(batch.low)}
+            tokens = {"text": batch.text, "image": noisy, "low": PACKING.pack(batch.low)}
+            extras = {"pooled": batch.pooled, "guidance": jnp.full((rows,), guidance)}
             return model(
-                {name: x.astype(dtype) for name, x in inputs.items()},
-                sigma,
-                batch.pooled,
-                jnp.full((rows,), guidance),
+                StepInputs({name: x.astype(dtype) for name, x in tokens.items()}, sigma, extras),
                 calls,
                 streams=layout.streams(),
                 backend=backend,

@@ -111,7 +111,7 @@ def encode_samples(
     out.mkdir(parents=True, exist_ok=True)
     if not (out / EMPTY).exists():
         empty = pipe.encode([""])
-        _write(out / EMPTY, {"text": empty.text[0], "pooled": empty.pooled[0]})
+        _write(out / EMPTY, {"text": empty.arrays["text"][0], "pooled": empty.arrays["pooled"][0]})
     count = 0
     for name, large, small, caption in samples:
         count += 1
@@ -120,7 +120,7 @@ def encode_samples(
             continue
         asked = pipe.encode([caption])
         image, low = (pipe.encode_image(x[None])[0] for x in (large, small))
-        _write(path, {"image": image, "low": low, "text": asked.text[0], "pooled": asked.pooled[0]})
+        _write(path, {"image": image, "low": low, "text": asked.arrays["text"][0], "pooled": asked.arrays["pooled"][0]})
         if count % 100 == 0:
             report(f"encoded {count} pictures")
     return count

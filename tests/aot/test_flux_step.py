@@ -16,7 +16,8 @@ from sega_jax import positional as pe
 from sega_jax.layouts.dense import Dense
 from sega_jax.models.abstract import build_abstract
 from sega_jax.models.flux import Flux, FluxConfig
-from sega_jax.sampling.denoise import Conditioning, predict
+from sega_jax.sampling.denoise import predict
+from tests.tiny import flux_conditioning
 
 pytestmark = pytest.mark.aot
 pytest.importorskip("libtpu", reason="libtpu is not installed (extra `tpu`)")
@@ -37,7 +38,7 @@ def test_a_step_at_1024_fits_one_v5p():
     graphdef, params = nnx.split(model)
     params = jax.tree.map(lambda x: on_device(x.shape, x.dtype), params)
     grid = config.rope_spec().grid_for_pixels(side, side, 512)
-    conditioning = Conditioning(
+    conditioning = flux_conditioning(
         on_device((1, 512, 4096), jnp.bfloat16), on_device((1, 768), jnp.bfloat16), on_device((), jnp.float32)
     )
     compiled = predict.lower(

@@ -14,7 +14,8 @@ from sega_jax.costs import topologies
 from sega_jax.layouts.scale_dit import ScaleDiT
 from sega_jax.models.abstract import build_abstract
 from sega_jax.models.flux import Flux, FluxConfig, KeysValues
-from sega_jax.sampling.denoise import Conditioning, predict
+from sega_jax.sampling.denoise import predict
+from tests.tiny import flux_conditioning
 
 pytestmark = [pytest.mark.aot, pytest.mark.slow]
 
@@ -50,7 +51,7 @@ def test_a_step_fits_one_v5p(side, low, ceiling):
         "stream": {"low": on_device((1, small, 64), jnp.float32)},
         "cached": {"given": {"low": KeysValues(pair(19), pair(38))}},
     }[low]
-    conditioning = Conditioning(
+    conditioning = flux_conditioning(
         on_device((1, 512, 4096), jnp.bfloat16), on_device((1, 768), jnp.bfloat16), on_device((), jnp.float32)
     )
     compiled = predict.lower(

@@ -223,12 +223,15 @@ def test_decode_of_latents_without_a_record(run, make, model):
 
 def test_embeddings(run, make, model, pipe):
     made = pipe.encode([PROMPT])
-    save_file({"text": np.asarray(made.text), "pooled": np.asarray(made.pooled)}, "e.safetensors")
+    save_file({name: np.asarray(x) for name, x in made.arrays.items()}, "e.safetensors")
     make("--out", "encoded.png")
     make("--out", "given.png", "--embeddings", "e.safetensors", prompt=())
     np.testing.assert_array_equal(pixels("given.png"), pixels("encoded.png"))
 
-    save_file({"text": np.asarray(made.text)[..., :-1], "pooled": np.asarray(made.pooled)}, "bad.safetensors")
+    save_file(
+        {"text": np.asarray(made.arrays["text"])[..., :-1], "pooled": np.asarray(made.arrays["pooled"])},
+        "bad.safetensors",
+    )
     code, _, err = run("generate", "--embeddings", "bad.safetensors", "--model", model)
     assert code == 1
     tokens = made.text.shape[1]

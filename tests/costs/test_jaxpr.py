@@ -20,7 +20,8 @@ from sega_jax.layouts.blocks import from_blocks
 from sega_jax.layouts.dense import Dense
 from sega_jax.models.abstract import build_abstract
 from sega_jax.models.flux import Flux, FluxConfig
-from sega_jax.sampling.denoise import Conditioning, predict
+from sega_jax.sampling.denoise import predict
+from tests.tiny import flux_conditioning
 
 
 def abstract(shape, dtype="bfloat16"):
@@ -32,7 +33,7 @@ def step(config: FluxConfig, side: int, positional: str = "none", text: int = 51
     graphdef, params = nnx.split(build_abstract(lambda rngs: Flux(config, rngs=rngs, dtype=jnp.bfloat16)))
     grid = config.rope_spec().grid_for_pixels(side, side, text)
     options = {"graphdef": graphdef, "layout": Dense(), "grid": grid, "dtype": "bfloat16"}
-    conditioning = Conditioning(
+    conditioning = flux_conditioning(
         abstract((1, text, config.text_dim)), abstract((1, config.pooled_dim)), abstract((), "float32")
     )
     latents = abstract((1, side // 8, side // 8, config.in_channels // 4), "float32")

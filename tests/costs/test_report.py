@@ -23,8 +23,8 @@ KEYS = {"fits", "because", "try", "programs", "resident", "peak", "memory", "sec
 def test_presets_have_the_published_sizes():
     dev = parts("flux-dev")
     assert parameter_bytes(dev.transformer) == 2 * FLUX_DEV
-    assert parameter_bytes(dev.t5) == 2 * 4_762_310_656
-    assert parameter_bytes(dev.clip) == 2 * 123_060_480
+    assert parameter_bytes(dev.encoders["t5"]) == 2 * 4_762_310_656
+    assert parameter_bytes(dev.encoders["clip"]) == 2 * 123_060_480
     assert parameter_bytes(dev.vae) == 2 * 83_819_683
 
 

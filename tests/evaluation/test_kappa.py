@@ -7,7 +7,7 @@ from flax import nnx
 from sega_jax.evaluation import kappa
 from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.streams import bind
-from sega_jax.models.flux import pack
+from sega_jax.models.flux import PACKING
 from sega_jax.pipeline.pipeline import Pipeline
 from sega_jax.positional.rope import plain
 
@@ -20,7 +20,7 @@ def test_recorded_keys_are_the_models_before_rotation():
     grid, layout = pipe.grid(64, 96), Dense()
     model = nnx.merge(pipe.parts.transformer.graphdef, pipe.params)
     made = model.keys_values(
-        {"text": asked.text, "image": pack(noisy)}, jnp.full((1,), 0.7), asked.pooled, None,
+        asked.inputs({"text": asked.arrays["text"], "image": PACKING.pack(noisy)}, jnp.float32(0.7), asked.arrays),
         bind(layout.calls(grid), {"image": dict.fromkeys(("text", "image"), plain(grid))}),
         streams=layout.streams(), backend="xla",
     )["image"]  # fmt: skip

@@ -11,8 +11,9 @@ from converters.keymaps import flux as keymap
 from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.streams import Stream, bind
 from sega_jax.models.abstract import axes, build_abstract, count, initialize, parameters
-from sega_jax.models.flux import Flux, FluxConfig, pack, unpack
+from sega_jax.models.flux import PACKING, Flux, FluxConfig
 from sega_jax.positional.rope import plain
+from tests.tiny import step_inputs
 
 TINY = FluxConfig(8, 2, 2, 2, 16, 12, 10, True, (4, 6, 6))
 
@@ -82,14 +83,14 @@ def test_a_stream_with_its_own_noise_level(model):
     """A clean stream at t = 0 beside the sampler's: same as a batch whose conditioning is swapped by hand."""
     streams, sigma, pooled, guidance, calls = inputs()
     own = (Stream("text", "text"), Stream("image", "image", sigma=0.2))
-    got = model(streams, sigma, pooled, guidance, calls, streams=own)["image"]
-    everything = model(streams, jnp.full((2,), 0.2), pooled, guidance, calls)["image"]
-    plain_run = model(streams, sigma, pooled, guidance, calls)["image"]
+    got = model(step_inputs(streams, sigma, pooled, guidance), calls, streams=own)["image"]
+    everything = model(step_inputs(streams, jnp.full((2,), 0.2), pooled, guidance), calls)["image"]
+    plain_run = model(step_inputs(streams, sigma, pooled, guidance), calls)["image"]
     assert float(jnp.abs(got - plain_run).max()) > 1e-3
     assert float(jnp.abs(got - everything).max()) > 1e-5  # the text still follows the sampler
     all_own = tuple(Stream(s.name, s.kind, 0.2) for s in own)
     np.testing.assert_allclose(
-        np.asarray(model(streams, sigma, pooled, guidance, calls, streams=all_own)["image"]),
+        np.asarray(model(step_inputs(streams, sigma, pooled, guidance), calls, streams=all_own)["image"]),
         np.asarray(everything),
         atol=1e-6,
     )
@@ -100,7 +101,7 @@ def test_remat_changes_memory_not_gradients(model):
     graphdef, params = nnx.split(model)
 
     def loss(params, remat):
-        out = nnx.merge(graphdef, params)(streams, sigma, pooled, guidance, calls, remat=remat)["image"]
+        out = nnx.merge(graphdef, params)(step_inputs(streams, sigma, pooled, guidance), calls, remat=remat)["image"]
         return jnp.square(out).sum()
 
     ours, theirs = (jax.jit(jax.grad(loss), static_argnums=1)(params, remat) for remat in (False, True))
@@ -110,9 +111,9 @@ def test_remat_changes_memory_not_gradients(model):
 
 def test_bfloat16_activations_stay_close(model):
     streams, sigma, pooled, guidance, calls = inputs()
-    exact = np.asarray(model(streams, sigma, pooled, guidance, calls)["image"])
+    exact = np.asarray(model(step_inputs(streams, sigma, pooled, guidance), calls)["image"])
     half = {name: x.astype(jnp.bfloat16) for name, x in streams.items()}
-    out = model(half, sigma, pooled, guidance, calls)["image"]
+    out = model(step_inputs(half, sigma, pooled, guidance), calls)["image"]
     assert out.dtype == jnp.bfloat16
     assert np.linalg.norm(np.asarray(out, np.float32) - exact) < 0.03 * np.linalg.norm(exact)
 
@@ -120,14 +121,14 @@ def test_bfloat16_activations_stay_close(model):
 def test_missing_guidance_is_named(model):
     streams, sigma, pooled, _, calls = inputs()
     with pytest.raises(ValueError, match="guidance=None"):
-        model(streams, sigma, pooled, None, calls)
+        model(step_inputs(streams, sigma, pooled, None), calls)
 
 
 def test_pack_is_inverted_and_refuses_odd_sides():
     latents = jnp.arange(2 * 4 * 6 * 3, dtype=jnp.float32).reshape(2, 4, 6, 3)
-    np.testing.assert_array_equal(np.asarray(unpack(pack(latents), 2, 3)), np.asarray(latents))
+    np.testing.assert_array_equal(np.asarray(PACKING.unpack(PACKING.pack(latents), 2, 3)), np.asarray(latents))
     with pytest.raises(ValueError, match="even"):
-        pack(latents[:, :3])
+        PACKING.pack(latents[:, :3])
 
 
 def test_unknown_configuration_keys_are_refused():

@@ -23,9 +23,10 @@ from sega_jax.models.flux import Flux, FluxConfig
 from sega_jax.models.layers import Linear
 from sega_jax.models.quantized import check_weights, quantize, quantized
 from sega_jax.positional.rope import plain
-from sega_jax.sampling.denoise import Conditioning, predict
+from sega_jax.sampling.denoise import predict
 from sega_jax.weights.hub import resolve
 from sega_jax.weights.loras import lora_specs
+from tests.tiny import flux_conditioning, step_inputs
 
 TINY = FluxConfig(8, 2, 2, 2, 16, 12, 10, True, (4, 6, 6))
 BLOCKS = ("double.", "single.")
@@ -75,7 +76,7 @@ def velocity(model, dtype=jnp.float32, streams=(Stream("text", "text"), Stream("
         "image": jnp.asarray(random.standard_normal((2, grid.tokens, 8)), dtype),
     }
     pooled = jnp.asarray(random.standard_normal((2, 10)), dtype)
-    out = model(inputs, jnp.full((2,), 0.7), pooled, jnp.full((2,), 3.5), calls, streams=streams)
+    out = model(step_inputs(inputs, jnp.full((2,), 0.7), pooled, jnp.full((2,), 3.5)), calls, streams=streams)
     return np.asarray(out["image"], np.float32)
 
 
@@ -230,7 +231,7 @@ def test_no_copy_of_the_weights_among_temporaries():
         def array(*shape, dtype=jnp.float32):
             return jax.ShapeDtypeStruct(shape, dtype)
 
-        conditioning = Conditioning(array(1, 4, 12, dtype=dtype), array(1, 10, dtype=dtype), array())
+        conditioning = flux_conditioning(array(1, 4, 12, dtype=dtype), array(1, 10, dtype=dtype), array())
         compiled = predict.lower(
             params, pe.get("none"), array(1, 8, 8, 2), array(), conditioning, array(dtype=jnp.int32), None, None,
             graphdef=graphdef, layout=Dense(), grid=config.rope_spec((4, 4)).grid(4, 4, 4), dtype=dtype,

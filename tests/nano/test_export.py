@@ -39,8 +39,8 @@ def test_what_is_written_is_what_is_loaded(folder):
     loaded = {
         "transformer": parts.transformer,
         "vae": parts.vae,
-        "text_encoder": parts.clip,
-        "text_encoder_2": parts.t5,
+        "text_encoder": parts.encoders["clip"],
+        "text_encoder_2": parts.encoders["t5"],
     }
     for name, component in loaded.items():
         back = parameters(nnx.merge(component.graphdef, component.params))

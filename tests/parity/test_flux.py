@@ -13,9 +13,10 @@ from converters.keymaps import flux as keymap
 from converters.reading.sources import ArraySource
 from sega_jax.layouts.dense import Dense
 from sega_jax.layouts.streams import bind
-from sega_jax.models.flux import Flux, FluxConfig, pack, unpack
+from sega_jax.models.flux import PACKING, Flux, FluxConfig
 from sega_jax.positional.rope import plain
 from sega_jax.weights import load
+from tests.tiny import step_inputs
 
 pytestmark = pytest.mark.parity
 
@@ -78,10 +79,12 @@ def test_transformer_matches_diffusers(guidance_embeds, batch, height, width, te
     rope = plain(grid)
     calls = bind(Dense().calls(grid), {"image": {"text": rope, "image": rope}})
     got = ours(
-        {"text": jnp.asarray(text), "image": jnp.asarray(tokens)},
-        jnp.asarray(sigma),
-        jnp.asarray(pooled),
-        None if guidance is None else jnp.asarray(guidance),
+        step_inputs(
+            {"text": jnp.asarray(text), "image": jnp.asarray(tokens)},
+            jnp.asarray(sigma),
+            jnp.asarray(pooled),
+            None if guidance is None else jnp.asarray(guidance),
+        ),
         calls,
     )["image"]
     difference = np.abs(np.asarray(got) - expected).max()
@@ -131,6 +134,6 @@ def test_bfl_map_agrees_with_diffusers_conversion():
 def test_pack_matches_diffusers():
     latents = np.random.default_rng(0).standard_normal((2, 6, 10, 16), np.float32)
     theirs = diffusers.FluxPipeline._pack_latents(torch.from_numpy(latents.transpose(0, 3, 1, 2)), 2, 16, 6, 10)
-    ours = pack(jnp.asarray(latents))
+    ours = PACKING.pack(jnp.asarray(latents))
     np.testing.assert_array_equal(np.asarray(ours), theirs.numpy())
-    np.testing.assert_array_equal(np.asarray(unpack(ours, 3, 5)), latents)
+    np.testing.assert_array_equal(np.asarray(PACKING.unpack(ours, 3, 5)), latents)

@@ -9,7 +9,7 @@ diffusers = pytest.importorskip("diffusers")
 import jax.numpy as jnp
 
 import sega_jax as sj
-from sega_jax.models.flux import pack
+from sega_jax.models.flux import PACKING
 from sega_jax.weights.hub import resolve
 
 pytestmark = pytest.mark.parity
@@ -34,7 +34,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_the_seven_token_prompt_is_one(ours):
-    tokens = ours.parts.t5_tokenizer
+    tokens = ours.parts.tokenizers["t5"]
     lengths = [int((tokens([prompt]) != tokens.pad_id).sum()) for prompt in PROMPTS]
     assert 7 in lengths, f"T5 lengths {lengths}: keep a prompt of seven tokens among PROMPTS"
 
@@ -49,8 +49,8 @@ def test_pictures_match_diffusers(theirs, ours, prompt, height, width):
             height=height,
             width=width,
             num_inference_steps=8,
-            latents=torch.from_numpy(np.array(pack(noise))),
-            max_sequence_length=ours.parts.t5_tokenizer.length,
+            latents=torch.from_numpy(np.array(PACKING.pack(noise))),
+            max_sequence_length=ours.parts.tokenizers["t5"].length,
             output_type="pt",
         ).images.numpy()
     made = ours.generate(
@@ -74,12 +74,12 @@ def test_true_guidance_matches_diffusers(theirs, ours):
             height=128,
             width=192,
             num_inference_steps=4,
-            latents=torch.from_numpy(np.array(pack(noise))),
-            max_sequence_length=ours.parts.t5_tokenizer.length,
+            latents=torch.from_numpy(np.array(PACKING.pack(noise))),
+            max_sequence_length=ours.parts.tokenizers["t5"].length,
             output_type="latent",
         ).images.numpy()
     made = ours.generate(
         PROMPTS[0], negative_prompt="", true_guidance=3.0, height=128, width=192, steps=4,
         init_latents=np.asarray(noise), mu="native", positional="none", decode=False,
     )  # fmt: skip
-    np.testing.assert_allclose(np.asarray(pack(jnp.asarray(made.latents))), expected, atol=2e-3)
+    np.testing.assert_allclose(np.asarray(PACKING.pack(jnp.asarray(made.latents))), expected, atol=2e-3)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from sega_jax.hub import resolve
 
 import sega_jax as sj
-from sega_jax.models.flux import pack
+from sega_jax.models.flux import PACKING
 from sega_jax.positional.spectrum import axis_bins, radial_bins
 
 pytestmark = pytest.mark.parity
@@ -115,8 +115,8 @@ def test_release_of_nano(ours, height, width):
             height=height,
             width=width,
             num_inference_steps=4,
-            latents=torch.from_numpy(np.array(pack(noise))),
-            max_sequence_length=ours.parts.t5_tokenizer.length,
+            latents=torch.from_numpy(np.array(PACKING.pack(noise))),
+            max_sequence_length=ours.parts.tokenizers["t5"].length,
             output_type="latent",
         ).images.numpy()
 
@@ -125,7 +125,7 @@ def test_release_of_nano(ours, height, width):
             "a red circle with stripes in the centre, blue background", height=height, width=width, steps=4,
             init_latents=np.asarray(noise), mu="native", positional=positional, decode=False,
         )  # fmt: skip
-        error = np.asarray(pack(jnp.asarray(made.latents))) - expected
+        error = np.asarray(PACKING.pack(jnp.asarray(made.latents))) - expected
         return 10 * np.log10(np.ptp(expected) ** 2 / np.mean(np.square(error)))
 
     released, exact = decibels("sega-release"), decibels("sega")

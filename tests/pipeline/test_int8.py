@@ -79,7 +79,9 @@ def test_parameter_bytes_of_flux_dev():
     expected = kernels + 4 * outputs + 2 * (11_901_408_320 - kernels)
     small = skeleton("flux-dev", weights="int8")
     assert closed_form.parameter_bytes(small.transformer) == expected == 11_980_728_448
-    assert closed_form.parameter_bytes(small.t5) == closed_form.parameter_bytes(skeleton("flux-dev").t5)
+    assert closed_form.parameter_bytes(small.encoders["t5"]) == closed_form.parameter_bytes(
+        skeleton("flux-dev").encoders["t5"]
+    )
 
 
 def test_plans(monkeypatch):

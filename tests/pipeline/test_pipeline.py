@@ -164,7 +164,7 @@ def test_initial_latents_from_a_file(pipe, tmp_path):
 
 def test_precomputed_embeddings_replace_the_encoders(pipe):
     encoded = pipe.encode([PROMPT])
-    embeddings = {"text": np.asarray(encoded.text), "pooled": np.asarray(encoded.pooled)}
+    embeddings = {name: np.asarray(x) for name, x in encoded.arrays.items()}
     got = latents(pipe, "whatever", embeddings=embeddings, **SMALL)
     np.testing.assert_array_equal(got, latents(pipe, **SMALL))
     with pytest.raises(ValueError, match="pooled missing"):

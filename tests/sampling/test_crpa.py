@@ -30,12 +30,13 @@ from sega_jax.sampling.crpa import (
     stages_of,
 )
 from sega_jax.sampling.crpa_cost import estimate
-from sega_jax.sampling.denoise import Conditioning, Velocity, predict
+from sega_jax.sampling.denoise import Velocity, predict
 from sega_jax.sampling.regions import parse_regions
 from sega_jax.sampling.registry import get_layout
 from sega_jax.sampling.sampler import Noise, Sampler
 from sega_jax.sharding import mesh as M
 from sega_jax.sharding import rules
+from tests.tiny import flux_conditioning
 
 PROMPT = "a red circle with stripes in the centre, blue background"
 SPEC = RopeSpec(dims=(4, 6, 6), theta=100.0, trained=(8, 8))
@@ -355,10 +356,10 @@ def test_a_batch_with_guidance_and_a_region_per_picture(pipe):
     masks[0, :2, :2] = True
     masks[1, 2:, 1:3] = True
     one = pipe.encode([PROMPT], negative_prompt="a green square", true_guidance=2.0)
-    both = Conditioning(
-        *(jnp.concatenate([x, x]) for x in (one.text, one.pooled)),
-        one.guidance,
-        tuple(jnp.concatenate([x, x]) for x in one.negative),
+    both = flux_conditioning(
+        *(jnp.concatenate([x, x]) for x in one.arrays.values()),
+        one.scales.get("guidance"),
+        tuple(jnp.concatenate([x, x]) for x in one.negative.values()),
         one.true_guidance,
     )
 
@@ -422,10 +423,8 @@ def test_eight_devices_make_the_same_picture():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), params)
     spec = config.rope_spec((4, 4))
-    velocity = Velocity(
-        graphdef, pe.get("sega"), Dense(), lambda h, w, text: spec.grid(h // 2, w // 2, text), "float32"
-    )
-    conditioning = Conditioning(normal(2, 5, 8), normal(2, 8, seed=1), jnp.float32(3.5))
+    velocity = Velocity(graphdef, pe.get("sega"), Dense(), spec, "float32")
+    conditioning = flux_conditioning(normal(2, 5, 8), normal(2, 8, seed=1), jnp.float32(3.5))
     masks = np.zeros((2, 4, 4), bool)
     masks[0, :2, 1:3] = True
     masks[1, 1:3, 2:] = True

@@ -20,11 +20,12 @@ from sega_jax.models.flux import Flux, FluxConfig
 from sega_jax.pipeline import ladders
 from sega_jax.positional import none
 from sega_jax.sampling import latent_ops as ops
-from sega_jax.sampling.denoise import Conditioning, Velocity, predict
+from sega_jax.sampling.denoise import Velocity, predict
 from sega_jax.sampling.ladder import Codec, Ladder, Level
 from sega_jax.sampling.rungs import parse, text_of
 from sega_jax.sampling.sampler import Noise, Sampler
 from sega_jax.sampling.schedule import Schedule
+from tests.tiny import flux_conditioning
 
 FLUX_SIGMAS = Schedule().sigmas(30, 4096)[12:]
 
@@ -140,18 +141,10 @@ def model():
     spec = config.rope_spec((4, 4), 16)
 
     def velocity(layout):
-        return Velocity(graphdef, none(), layout, _Sides(spec), "float32")
+        return Velocity(graphdef, none(), layout, spec, "float32")
 
     text, pooled = (jnp.asarray(random.standard_normal(s), jnp.float32) for s in ((1, 3, 8), (1, 8)))
-    return SimpleNamespace(velocity=velocity, params=params, conditioning=Conditioning(text, pooled))
-
-
-@dataclass(frozen=True)
-class _Sides:
-    spec: RopeSpec
-
-    def __call__(self, height, width, text):
-        return self.spec.grid(height // 2, width // 2, text)
+    return SimpleNamespace(velocity=velocity, params=params, conditioning=flux_conditioning(text, pooled))
 
 
 def latent(side, seed=0):

@@ -15,7 +15,7 @@ from sega_jax.layouts.scale_dit import ScaleDiT
 from sega_jax.layouts.streams import bind
 from sega_jax.models import adapters as A
 from sega_jax.models.abstract import initialize
-from sega_jax.models.flux import Flux, FluxConfig, pack
+from sega_jax.models.flux import PACKING, Flux, FluxConfig
 from sega_jax.positional.rope import plain
 from sega_jax.sampling import resume, scale_dit
 from sega_jax.sampling.denoise import Conditioning, Velocity
@@ -24,6 +24,7 @@ from sega_jax.sampling.scale_dit import Guided, TwoStage
 from sega_jax.sampling.schedule import Schedule
 from sega_jax.sharding import rules
 from sega_jax.sharding.mesh import make_mesh, to_host
+from tests.tiny import flux_conditioning, step_inputs
 
 CONFIG = FluxConfig(
     in_channels=16, double_layers=1, single_layers=1, heads=2, head_dim=16, text_dim=8, pooled_dim=8,
@@ -62,12 +63,12 @@ def changed(model) -> Flux:
 def conditioning(seed: int = 0, batch: int = 1) -> Conditioning:
     rng = np.random.default_rng(seed)
     text, pooled = rng.standard_normal((batch, TEXT, 8)), rng.standard_normal((batch, 8))
-    return Conditioning(jnp.asarray(text, jnp.float32), jnp.asarray(pooled, jnp.float32), jnp.float32(3.5))
+    return flux_conditioning(jnp.asarray(text, jnp.float32), jnp.asarray(pooled, jnp.float32), jnp.float32(3.5))
 
 
 def velocity(module: Flux, layout, method=None) -> tuple[nnx.State, Velocity]:
     graph, params = nnx.split(module)
-    return params, Velocity(graph, method or pe.none(), layout, grid_of, "float32")
+    return params, Velocity(graph, method or pe.none(), layout, SPEC, "float32")
 
 
 def latents(side: int, seed: int) -> jax.Array:
@@ -76,7 +77,7 @@ def latents(side: int, seed: int) -> jax.Array:
 
 def run(module: Flux, layout: ScaleDiT, sigma: float = 0.5, low_seed: int = 9) -> np.ndarray:
     params, v = velocity(module, layout)
-    content = {"low": pack(latents(4, low_seed))} if layout.low == "stream" else None
+    content = {"low": PACKING.pack(latents(4, low_seed))} if layout.low == "stream" else None
     return np.asarray(v.advance(params, latents(16, 0), sigma, conditioning(), content=content)[0])
 
 
@@ -109,10 +110,12 @@ def cache(module: Flux, sigma: float, mask_of: ScaleDiT):
     """Keys and values of the small stream as it runs along at a noise level."""
     grid = SPEC.grid(8, 8, TEXT)
     streams = mask_of.streams()
-    x = {"text": conditioning().text, "image": pack(latents(16, 0)), "low": pack(latents(4, 9))}
+    x = {"text": conditioning().text, "image": PACKING.pack(latents(16, 0)), "low": PACKING.pack(latents(4, 9))}
     calls = bind(mask_of.calls(grid), {"image": dict.fromkeys(("text", "image"), plain(grid))})
     return module.keys_values(
-        x, jnp.full((1,), sigma), conditioning().pooled, jnp.full((1,), 3.5), calls, streams=streams
+        step_inputs(x, jnp.full((1,), sigma), conditioning().arrays["pooled"], jnp.full((1,), 3.5)),
+        calls,
+        streams=streams,
     )["low"]
 
 
@@ -129,10 +132,10 @@ def test_cached_equals_recomputed(changed, negative):  # d
     asked = conditioning()
     if negative:
         other = conditioning(5)
-        asked = replace(asked, negative=(other.text, other.pooled), true_guidance=jnp.float32(2.0))
+        asked = replace(asked, negative=other.arrays, true_guidance=jnp.float32(2.0))
     params, v = velocity(changed, ScaleDiT(adapt="flux1"))
     low = latents(4, 9)
-    along, _ = v.advance(params, latents(16, 0), 0.3, asked, content={"low": pack(low)})
+    along, _ = v.advance(params, latents(16, 0), 0.3, asked, content={"low": PACKING.pack(low)})
     made = scale_dit.small_stream(
         params, v.method, low, asked, graphdef=v.graphdef, layout=ScaleDiT(low="alone"), grid=SPEC.grid(8, 8, TEXT),
         dtype="float32",
@@ -294,7 +297,7 @@ def test_small_pictures_grow_by_the_releases_bicubic():
 def test_small_stream_on_a_mesh(changed):
     """The stream and its adapters on two devices, image tokens and channels apart, against one device."""
     params, v = velocity(changed, ScaleDiT(adapt="flux1"))
-    content = {"low": pack(latents(4, 9))}
+    content = {"low": PACKING.pack(latents(4, 9))}
     expected, _ = v.advance(params, latents(16, 0), 0.5, conditioning(), content=content)
     for axis in ("context", "tensor"):
         mesh = make_mesh(jax.devices()[:2], **{"context": 1, axis: 2})

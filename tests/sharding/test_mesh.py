@@ -15,10 +15,11 @@ from sega_jax.layouts.dense import Dense
 from sega_jax.models.abstract import build_abstract, initialize
 from sega_jax.models.flux import Flux, FluxConfig
 from sega_jax.models.quantized import quantized
-from sega_jax.sampling.denoise import Conditioning, Velocity, predict
+from sega_jax.sampling.denoise import Velocity, predict
 from sega_jax.sampling.sampler import Euler, Noise
 from sega_jax.sharding import mesh as M
 from sega_jax.sharding import rules
+from tests.tiny import flux_conditioning
 
 CONFIG = FluxConfig(
     in_channels=16,
@@ -88,21 +89,17 @@ def make(config=CONFIG):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), params)
     spec = config.rope_spec((4, 4))
-    velocity = Velocity(graphdef, pe.get("sega"), Dense(), _grid(spec), "float32")
+    velocity = Velocity(graphdef, pe.get("sega"), Dense(), spec, "float32")
 
     def normal(*shape):
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
     batch = 3
     negative = normal(batch, 5, config.text_dim), normal(batch, config.pooled_dim)
-    conditioning = Conditioning(
+    conditioning = flux_conditioning(
         normal(batch, 5, config.text_dim), normal(batch, config.pooled_dim), jnp.float32(3.5), negative, jnp.float32(2)
     )
     return velocity, params, conditioning
-
-
-def _grid(spec):
-    return lambda height, width, text: spec.grid(height // 2, width // 2, text)
 
 
 def denoise(velocity, params, conditioning):
@@ -181,7 +178,7 @@ def test_weights_are_gathered_one_block_at_a_time():
         def array(*shape, dtype=jnp.float32, here=here):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-        conditioning = Conditioning(array(1, 4, config.text_dim), array(1, config.pooled_dim), array())
+        conditioning = flux_conditioning(array(1, 4, config.text_dim), array(1, config.pooled_dim), array())
         compiled = predict.lower(
             params, pe.get("none"), array(1, 8, 8, 4), array(), conditioning, array(dtype=jnp.int32), None, None,
             graphdef=graphdef, layout=Dense(), grid=config.rope_spec((4, 4)).grid(4, 4, 4), dtype="float32", mesh=mesh,

@@ -25,7 +25,7 @@ def test_offload(mesh):
     options = {"dtype": "float32", "mesh": mesh and make_mesh(jax.devices()[:4], **mesh)}
     pipe = sj.Pipeline.from_pretrained("nano", residency="offload", **options)
     transformer = sizes(pipe.parts.transformer)
-    for component in (pipe.parts.transformer, pipe.parts.t5, pipe.parts.clip, pipe.parts.vae):
+    for component in (pipe.parts.transformer, *pipe.parts.encoders.values(), pipe.parts.vae):
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(component.params)} == {"pinned_host"}
     known = {id(x): x for x in jax.live_arrays()}  # held, or a new array may take the id of one that is freed
     held = []

@@ -64,10 +64,8 @@ class Engine:
 
     def _encode_prompt(self, prompt: str, negative: str | None) -> dict[str, Any]:
         made = self.pipe.encode([prompt], negative_prompt=negative)
-        arrays = {"text": made.text, "pooled": made.pooled}
-        if made.negative is not None:
-            arrays |= {"negative_text": made.negative[0], "negative_pooled": made.negative[1]}
-        return arrays
+        negative = {} if made.negative is None else made.negative
+        return {**made.arrays, **{f"negative_{name}": x for name, x in negative.items()}}
 
     def _embeddings(self, rows: Sequence[Job]) -> dict[str, Any]:
         """Encoded prompts of a batch: one at a time, so that a prompt's embedding does not depend on its company."""

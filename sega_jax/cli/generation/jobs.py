@@ -20,6 +20,7 @@ from sega_jax import positional as pe
 from sega_jax.cli import outputs
 from sega_jax.cli.generation.requests import INCIDENTAL, FileRow, Request
 from sega_jax.families.base import Outline
+from sega_jax.families.registry import family_named
 from sega_jax.media.images import read_metadata
 from sega_jax.media.latents import load_latents
 from sega_jax.pipeline import planning
@@ -112,10 +113,11 @@ def embeddings(request: Request, outline: Outline) -> dict[str, np.ndarray] | No
         return None
     path, row = request.embeddings.file, request.embeddings.row or 0
     arrays = _tensors(path)
-    config = outline.transformer_config
-    names = ["text", "pooled"] + ["negative_text", "negative_pooled"] * (request.negative_prompt is not None)
-    for name in names:
-        width, rank = (config.text_dim, 3) if name.endswith("text") else (config.pooled_dim, 2)
+    shapes = dict(family_named(outline.family).conditioning_spec(outline))
+    if request.negative_prompt is not None:
+        shapes |= {f"negative_{name}": shape for name, shape in shapes.items()}
+    for name, expected_shape in shapes.items():
+        width, rank = expected_shape[-1], len(expected_shape) + 1
         if name not in arrays:
             raise CheckpointError(f"{path}: no array {name!r}; it holds {', '.join(sorted(arrays)) or 'nothing'}")
         shape = arrays[name].shape
@@ -124,7 +126,7 @@ def embeddings(request: Request, outline: Outline) -> dict[str, np.ndarray] | No
             raise CheckpointError(f"{path}: {name} has shape {list(shape)}; this model needs {expected}")
         if row >= shape[0]:
             raise CheckpointError(f"{path}: {name} has {shape[0]} rows; row {row} (from 0) is asked for")
-    found = {name: arrays[name][row : row + 1] for name in names}
+    found = {name: arrays[name][row : row + 1] for name in shapes}
     for name, array in found.items():
         if 0 in array.shape or not np.isfinite(array.astype(np.float32)).all():
             raise CheckpointError(f"{path}: {name} of row {row} is empty, or holds NaN or infinity")
@@ -167,7 +169,7 @@ def given_latents(job: Job, outline: Outline) -> np.ndarray | None:
     height, width = job.plan.first_size
     latents = _latents(source.file, height, width)
     grid = outline.rope.grid_for_pixels(height, width)
-    expected = (2 * grid.height, 2 * grid.width, outline.transformer_config.in_channels // 4)
+    expected = outline.latent_shape(grid)
     if latents.shape[1:] != expected:
         raise CheckpointError(
             f"{source.file}: latents {list(latents.shape[1:])} [h, w, C]; {width}x{height} needs {list(expected)}"
