@@ -1,4 +1,4 @@
-"""``sega-jax bench`` with its options, then README's table from every ``benchmarks/attention-*.json``.
+"""``sega-jax bench`` with its options, then the tables of the pages from every ``benchmarks/attention-*.json``.
 
 python scripts/bench_attention.py --pixels 1024 2048 --text 0 512
 """
@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from sega_jax.attention.bench import table
+from sega_jax.attention.bench import headlines, table
 from sega_jax.cli import main
 from sega_jax.evaluation.contest import write_into
 
@@ -16,4 +16,5 @@ if __name__ == "__main__":
         sys.exit(code)
     root = Path(__file__).parents[1]
     reports = [json.loads(path.read_text()) for path in sorted(root.glob("benchmarks/attention-*.json"))]
-    write_into(root / "README.md", "attention", table(reports))
+    write_into(root / "docs" / "attention.md", "attention", table(reports))
+    write_into(root / "README.md", "attention", table(headlines(reports)))

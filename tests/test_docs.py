@@ -10,7 +10,7 @@ import pytest
 
 from sega_jax import positional as pe
 from sega_jax.attention import kernels
-from sega_jax.attention.bench import table
+from sega_jax.attention.bench import headlines, table
 from sega_jax.cli import main
 from sega_jax.weights.hub import resolve
 
@@ -34,10 +34,24 @@ def test_readme_lists_every_preset():
     assert set(re.findall(r"`([a-z-]+)`", table)) - {"auto"} >= set(pe.presets())
 
 
-def test_readme_shows_the_committed_measurements():
+def test_committed_measurements_are_shown():
     reports = [json.loads(path.read_text()) for path in sorted(ROOT.glob("benchmarks/attention-*.json"))]
     assert reports
-    assert table(reports) in README
+    assert table(reports) in (ROOT / "docs" / "attention.md").read_text()
+    assert table(headlines(reports)) in README
+
+
+def test_the_code_of_the_page_on_concepts_runs():
+    """All blocks share a namespace; what is printed is what the text says of the example."""
+    page = (ROOT / "docs" / "concepts.md").read_text()
+    namespace: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "concepts.md", "exec"), namespace)
+    grid, ropes = namespace["grid"], namespace["ropes"]
+    assert (grid.height, grid.width) == (4, 24)
+    assert max(grid.stretch) > 1
+    assert len(ropes["image"].magnitude) == len(grid.spec.dims)
+    assert len(page.splitlines()) < 80
 
 
 def test_the_page_on_attention_lists_every_kernel_and_its_code_runs(capsys):

@@ -235,6 +235,26 @@ def report(rows: list[Row], folder: Path) -> Path:
     return path
 
 
+HEADLINES = (("dense", "float32"), ("dense", "bfloat16"), ("scale-dit-p", "bfloat16"))  # of CPUs, with text
+
+
+def headlines(reports: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The reports cut to a row per case of `HEADLINES`: the kernel that `auto` takes, where it was slowest."""
+    chosen = []
+    for pattern, dtype in HEADLINES:
+        rows = [
+            (report, row)
+            for report in reports
+            for row in report["rows"]
+            if (row["case"]["pattern"], row["case"]["dtype"]) == (pattern, dtype)
+            and row["backend"] == "cpu"
+            and row["case"]["text"]
+        ]
+        report, row = max(rows, key=lambda pair: pair[1]["seconds"])
+        chosen.append({**report, "rows": [row]})
+    return chosen
+
+
 def table(reports: Iterable[Mapping[str, Any]]) -> str:
     """Written reports in Markdown, a line per row; rates of sparse patterns count visited blocks alone, "per pair" is
     their time per visited pair over that of the full map."""

@@ -1,4 +1,4 @@
-"""The command line: ``sega-jax generate | decode | convert | inspect | plan | methods | bench | doctor``.
+"""The command line: ``sega-jax generate | decode | convert | inspect | plan | methods | models | bench | doctor``.
 
 Each verb is a frozen dataclass of its options with ``run()``, which is also the Python API::
 
@@ -25,11 +25,12 @@ _VERBS = {
     "inspect": "Inspect",
     "plan": "Plan",
     "methods": "Methods",
+    "models": "Models",
     "bench": "Bench",
     "doctor": "Doctor",
 }
 
-__all__ = ["Bench", "Convert", "Decode", "Doctor", "Generate", "Inspect", "Methods", "Plan", "main"]
+__all__ = ["Bench", "Convert", "Decode", "Doctor", "Generate", "Inspect", "Methods", "Models", "Plan", "main"]
 
 
 def __getattr__(name: str):

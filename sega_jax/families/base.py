@@ -80,6 +80,25 @@ class Parts(Outline):
     vae: Component
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published model of a family, for people who choose one.
+
+    Attributes:
+        model: what ``--model`` takes: a hub id, or the embedded demo's name.
+        licence: of the weights, with what it does not allow.
+        trained: pixels (height, width) it was trained at.
+        defaults: steps and guidance, with their source.
+        checked: what of it has been run, and where.
+    """
+
+    model: str
+    licence: str
+    trained: tuple[int, int]
+    defaults: str
+    checked: str
+
+
 class Family(Protocol):
     """How pipelines of a family are read, and what is their own on the way from a prompt to a prediction.
 
@@ -87,6 +106,7 @@ class Family(Protocol):
         name: of the family.
         pipeline_class: ``_class_name`` of its ``model_index.json``.
         presets: outlines of models known by name, with the sizes published in their configurations.
+        checkpoints: published models that run.
         prompt_encoder: name of the encoder whose tokens are the text stream.
         combine: predictions with and without the prompt to one (`sampling.denoise.classifier_free`).
     """
@@ -94,6 +114,7 @@ class Family(Protocol):
     name: str
     pipeline_class: str
     presets: Mapping[str, Callable[[], Outline]]
+    checkpoints: tuple[Checkpoint, ...]
     prompt_encoder: str
     combine: Combine
 

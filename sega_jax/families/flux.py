@@ -17,7 +17,7 @@ from converters.errors import CheckpointError
 from converters.lora import changes
 from converters.reading.formats import read_json
 from sega_jax.families import recipes
-from sega_jax.families.base import Outline, Parts, abstract_component, configured, load_component
+from sega_jax.families.base import Checkpoint, Outline, Parts, abstract_component, configured, load_component
 from sega_jax.families.recipes import Recipe
 from sega_jax.geometry import Grid
 from sega_jax.models.clip import ClipConfig, ClipTextEncoder
@@ -162,6 +162,18 @@ def abstract_flux(
     return _abstract_parts(outline_flux(source, transformer), clip, t5, dtype, weights)
 
 
+_PROVEN = "every module and the key maps against diffusers on random weights; no picture from real weights yet"
+_NON_COMMERCIAL = "FLUX.1 [dev] Non-Commercial License: not free for every use; gated on the hub"
+CHECKPOINTS = (
+    Checkpoint("nano", "Apache-2.0", (192, 192), "20 steps (its card)", "everything here; figures in docs/nano.md"),
+    Checkpoint(
+        "black-forest-labs/FLUX.1-dev", _NON_COMMERCIAL, (1024, 1024), "28 steps, guidance 3.5 (model card)", _PROVEN
+    ),
+    Checkpoint("black-forest-labs/FLUX.1-schnell", "Apache-2.0", (1024, 1024), "4 steps (model card)", _PROVEN),
+    Checkpoint("black-forest-labs/FLUX.1-Krea-dev", _NON_COMMERCIAL, (1024, 1024), "28 steps (model card)", _PROVEN),
+)
+
+
 @partial(jax.jit, static_argnames=("graphdefs", "dtype"))
 def encode(
     params: Mapping[str, nnx.State],
@@ -222,6 +234,7 @@ class Flux1:
     name = "flux"
     pipeline_class = "FluxPipeline"
     presets = PRESETS
+    checkpoints = CHECKPOINTS
     prompt_encoder = "t5"
     combine = staticmethod(classifier_free)
     outline = staticmethod(outline_flux)
