@@ -113,6 +113,40 @@ def oversized(root: Path) -> list[str]:
     return found
 
 
+# A family's own modules, and who may import them: its file in families/ and the registry; nano and its training are of
+# the first family, and may use its modules.
+OWN = {
+    "flux": (
+        {"sega_jax.models.flux", "sega_jax.families.flux", "converters.keymaps.flux"},
+        (
+            "sega_jax.models.flux",
+            "sega_jax.families.flux",
+            "sega_jax.families.registry",
+            "sega_jax.nano",
+            "sega_jax.training",
+        ),
+    ),
+}
+
+
+def strangers(root: Path, own=OWN) -> list[str]:
+    """Modules that import a family's own modules, or have its name in one of theirs, without being the family's."""
+    known, found = modules(root) | {name for names, _ in own.values() for name in names}, []
+    for path in sorted(root.rglob("*.py")):
+        module = ".".join(path.relative_to(root.parent).with_suffix("").parts)
+        for family, (theirs, friends) in own.items():
+            if module.startswith(friends):
+                continue
+            found += [f"{module} imports {name}" for name in sorted(imported(path, known) & theirs)]
+            names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+            found += [f"{module} says {name}" for name in sorted(names) if family in name.lower()]
+    return found
+
+
+def test_nothing_else_knows_a_family():
+    assert strangers(ROOT) == []
+
+
 def test_every_package_has_a_layer():
     named = {name for names in LAYERS for name in names}
     there = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
@@ -150,6 +184,12 @@ def test_a_planted_arrow_up_is_found(house, line):
     (house / "models" / "flux.py").write_text("")
     (house / "layouts" / "dense.py").write_text(line + "\n")
     assert len(upward(house)) == 1
+
+
+def test_a_planted_stranger_is_found(house):
+    (house / "models" / "flux.py").write_text("")
+    (house / "cli" / "plan.py").write_text("from sega_jax.models.flux import FluxConfig\n\nFLUX_STEPS = 28\n")
+    assert strangers(house) == ["sega_jax.cli.plan imports sega_jax.models.flux", "sega_jax.cli.plan says FLUX_STEPS"]
 
 
 def test_a_planted_circle_is_found(house):

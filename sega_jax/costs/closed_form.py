@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,8 @@ from flax import nnx
 from sega_jax.families.base import Parts, abstract_component
 from sega_jax.families.registry import family_named
 from sega_jax.models.abstract import Component
-from sega_jax.models.quantized import available
+from sega_jax.models.denoiser import NetworkConfig
+from sega_jax.models.quantized import available, scales
 
 STEP_COPIES = 12  # 11.3 compiled for one H200 with our kernel at 6144 x 6144
 DECODE_COPIES = 4  # arrays of the widest resolution in a decode
@@ -108,13 +108,10 @@ def estimate(
     data, context, tensor = (sizes[name] for name in ("data", "context", "tensor"))
     devices = data * context * tensor
     mine = -(-rows // data)
-    params = parts.transformer.params
-    number = jnp.dtype(params["image_embed"]["kernel"].dtype).itemsize
-    stored = jnp.dtype(params["double"]["image"]["mlp_in"]["kernel"].dtype).itemsize  # less than `number` in int8
+    number, block = _dtype(parts.transformer).itemsize, largest_block(parts.transformer) // tensor
     tokens = -(-image // context) + text
     array = mine * tokens * config.width * number
     whole = parameter_bytes(parts.transformer)
-    block = 36 * config.width**2 * stored // tensor  # of a double block: two sets of 18 width^2
     step = STEP_COPIES * array + (2 * block if devices > 1 else 0)
 
     sent = traffic(config, image, text, rows=rows, sizes=sizes, number=number, weights=whole,
@@ -133,8 +130,24 @@ def estimate(
     )
 
 
+def _dtype(component: Component) -> jnp.dtype:
+    """Of the parameters that are not stacked blocks, which stay as they are where blocks are in int8."""
+    loose = (p for _, p in nnx.to_flat_state(component.params) if "layers" not in p.get_metadata()["out_sharding"])
+    return jnp.dtype(next(loose).dtype)
+
+
+def largest_block(component: Component) -> int:
+    """Bytes of the largest block: of what is stacked, by stack, a layer's share."""
+    stacks: dict[str, int] = {}
+    for path, param in nnx.to_flat_state(component.params):
+        if param.get_metadata()["out_sharding"][0] == "layers":
+            share = math.prod(param.shape[1:]) * param.dtype.itemsize
+            stacks[path[0]] = stacks.get(path[0], 0) + share
+    return max(stacks.values())
+
+
 def traffic(
-    config: Any,
+    config: NetworkConfig,
     image: int,
     text: int,
     *,
@@ -148,7 +161,7 @@ def traffic(
     from sega_jax.attention.context.route import choose_scheme
 
     data, context, tensor = (sizes[name] for name in ("data", "context", "tensor"))
-    mine, blocks = -(-rows // data), config.double_layers + config.single_layers
+    mine = -(-rows // data)
     gathered = data * context
     own = mine * -(-image // context) * config.width // tensor * number
     along = 0
@@ -160,11 +173,10 @@ def traffic(
         along = 4 * (degree - 1) / degree * own * padded
         along += 2 * own * padded * around if around > 1 else 0
     local = mine * (-(-image // context) + text) * config.width * number
-    sums = 2 * config.double_layers + config.single_layers
     return {
         "weights": round(weights / tensor * (gathered - 1) / gathered),
-        "context": round(blocks * along),
-        "tensor": round(sums * 2 * (tensor - 1) / tensor * local),
+        "context": round(config.blocks * along),
+        "tensor": round(config.reductions * 2 * (tensor - 1) / tensor * local),
     }
 
 
@@ -244,9 +256,9 @@ def remedies(
         said.append("--batch-size 1")
     if residency == "all" and fits(where="offload"):
         said.append("--residency offload")
-    kernel = parts.transformer.params["double"]["image"]["mlp_in"]["kernel"]
-    if kernel.dtype != jnp.int8 and available():
-        component = abstract_component(family_named(parts.family).network(parts, "int8"), kernel.dtype)
+    if not scales(nnx.merge(parts.transformer.graphdef, parts.transformer.params)) and available():
+        network = family_named(parts.family).network(parts, "int8")
+        component = abstract_component(network, _dtype(parts.transformer))
         small = replace(parts, transformer=component)
         held = next((where for where in dict.fromkeys((residency, "offload")) if fits(where=where, what=small)), None)
         if held is not None:

@@ -229,8 +229,7 @@ def place_here(
     """
     here = find_target("local")
     mesh, machine = None, here.platform == "cpu"
-    config = outline.transformer_config
-    weights = 2 * (36 * config.double_layers + 15 * config.single_layers) * config.width**2  # most of them, in bfloat16
+    weights = 2 * outline.transformer_config.block_parameters  # most of them, in bfloat16
     if machine and 8 * weights < here.memory:
         return None, None
     parts = build()

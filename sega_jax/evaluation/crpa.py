@@ -14,7 +14,6 @@ from flax import nnx
 
 from sega_jax.layouts.crpa import arrange, core, level_name, up
 from sega_jax.models.abstract import initialize
-from sega_jax.models.flux import Flux
 from sega_jax.nano import accuracy, render
 from sega_jax.pipeline.pipeline import Pipeline
 from sega_jax.sampling.crpa import (
@@ -272,7 +271,8 @@ def step_times(
     config = pipe.parts.transformer_config
     if heads is not None:
         config = replace(config, heads=heads, double_layers=1, single_layers=2)
-        graphdef, params = nnx.split(initialize(lambda rngs: Flux(config, rngs=rngs)))
+        build = pipe.family.network(replace(pipe.parts, transformer_config=config))
+        graphdef, params = nnx.split(initialize(lambda rngs: build(rngs=rngs)))
         velocity = replace(velocity, graphdef=graphdef)
     runs = {("dense", ""): (velocity, field, None, 1.0)}
     whole = config.step_flops(grid.tokens, grid.text_tokens, (grid.tokens + grid.text_tokens) ** 2)

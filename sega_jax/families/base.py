@@ -22,7 +22,7 @@ from converters.reading.formats import read_json
 from sega_jax.families.recipes import Recipe
 from sega_jax.geometry import Grid, RopeSpec
 from sega_jax.models.abstract import Component, build_abstract, parameters
-from sega_jax.models.flux import FluxConfig
+from sega_jax.models.denoiser import NetworkConfig
 from sega_jax.models.packing import Packing
 from sega_jax.models.quantized import Weights, scales
 from sega_jax.models.tokenize import TextTokenizer
@@ -49,7 +49,7 @@ class Outline:
     """
 
     family: str
-    transformer_config: FluxConfig
+    transformer_config: NetworkConfig
     vae_config: VaeConfig
     schedule: Schedule
     rope: RopeSpec

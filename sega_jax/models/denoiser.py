@@ -29,6 +29,38 @@ class StepInputs:
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 
+class NetworkConfig(Protocol):
+    """Sizes of a family's network, as far as planning asks for them.
+
+    Attributes:
+        in_channels: channels of a packed latent token.
+        heads: attention heads; width: of the hidden state.
+        blocks: how many there are, of all kinds.
+        reductions: sums over the tensor axis of a mesh in one evaluation: products whose inputs are sharded.
+        block_parameters: parameters of all blocks, biases and norms left aside.
+    """
+
+    in_channels: int
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def blocks(self) -> int: ...
+
+    @property
+    def reductions(self) -> int: ...
+
+    @property
+    def block_parameters(self) -> int: ...
+
+    def step_flops(self, tokens: int, text_tokens: int, pairs: int) -> float:
+        """Multiply-adds times two of a model row: linear layers, and ``pairs`` query-key pairs per attention layer."""
+
+
 class Denoiser(Protocol):
     """A network of a family; `sega_jax.sampling.denoise.predict` knows no more of it."""
 

@@ -70,9 +70,23 @@ class FluxConfig:
     def mlp_width(self) -> int:
         return MLP_RATIO * self.width
 
+    @property
+    def blocks(self) -> int:
+        return self.double_layers + self.single_layers
+
+    @property
+    def reductions(self) -> int:
+        """Attention and MLP of a double block sum on their own, those of a single block together."""
+        return 2 * self.double_layers + self.single_layers
+
+    @property
+    def block_parameters(self) -> int:
+        """A double block has two sets of 18 width^2 (projections 4, MLP 8, modulation 6), a single block 15."""
+        return (36 * self.double_layers + 15 * self.single_layers) * self.width**2
+
     def step_flops(self, tokens: int, text_tokens: int, pairs: int) -> float:
         """Multiply-adds times two of a model row: linear layers, and ``pairs`` query-key pairs per attention layer."""
-        width, layers = self.width, self.double_layers + self.single_layers
+        width, layers = self.width, self.blocks
         linear = (4 + 2 * self.mlp_width / width) * width**2 * (tokens + text_tokens) * layers
         ends = width * (2 * self.in_channels * tokens + self.text_dim * text_tokens)
         modulation = (12 * self.double_layers + 3 * self.single_layers + 2) * width**2

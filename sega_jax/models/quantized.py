@@ -27,7 +27,6 @@ from sega_jax.models.abstract import axes, parameters
 from sega_jax.models.layers import Linear
 
 Weights = Literal["full", "int8"]
-STACKS = ("double", "single")  # of `models.flux.Flux`: modules of which every linear layer is quantised
 KERNEL, SCALE = ".kernel", ".kernel_scale"
 # The largest weight of a channel is stored as 127, as in ComfyUI's files, whose weights are then not rounded again;
 # qwix would make it 127.5, which has to be cut off.
@@ -67,10 +66,9 @@ def quantized(transformer: nnx.Module) -> nnx.Module:
     Serves real modules and, under `jax.eval_shape`, abstract ones: whatever is asked for shapes (loading, planning,
     sharding) learns them here.
     """
-    for name in STACKS:
-        for _, layer in nnx.iter_graph(getattr(transformer, name)):
-            if isinstance(layer, Linear):
-                _replace(layer)
+    for _, layer in nnx.iter_graph(transformer):
+        if isinstance(layer, Linear) and axes(layer.kernel)[0] == "layers":
+            _replace(layer)
     return transformer
 
 

@@ -26,7 +26,7 @@ Scale = Literal["per_axis", "isotropic", "sega"]
 Activation = Literal["per_axis", "max_side", "area"]
 PerStream = dict[str, tuple[jax.Array, ...]]
 
-FLUX_COPES = 1.5  # dype.md §5: InvokeAI leaves images of up to 1536 px, 1.5 times trained, alone
+TOLERATED_STRETCH = 1.5  # dype.md §5: InvokeAI leaves images of up to 1536 px, 1.5 times trained, alone
 SEGA_PIXELS = 1024  # sega.md §1: SEGA's training resolution, also where the model's own differs (Qwen-Image)
 
 
@@ -216,7 +216,7 @@ class Policy:
     def applies(self, grid: Grid) -> bool:
         """Whether ``activation`` lets the rule act on this grid at all."""
         if self.activation == "max_side":
-            return max(self.stretch(grid)) > FLUX_COPES
+            return max(self.stretch(grid)) > TOLERATED_STRETCH
         rows, columns = self.side(grid)
         return self.activation != "area" or grid.tokens > rows * columns
 

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from sega_jax.geometry import Grid
 from sega_jax.layouts.crpa import Mixed
+from sega_jax.models.denoiser import NetworkConfig
 from sega_jax.sampling.crpa import Crpa, stages_of
 from sega_jax.sampling.regions import Regions
-
-
-class Network(Protocol):
-    """A network's configuration that knows what one evaluation costs."""
-
-    def step_flops(self, tokens: int, text_tokens: int, pairs: int) -> float:
-        """Multiply-adds times two of a model row: linear layers, and ``pairs`` query-key pairs per attention layer."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class Estimate:
 
 
 def estimate(
-    config: Network, grid: Grid, sigmas: np.ndarray, options: Crpa, regions: Regions, rows: int = 1
+    config: NetworkConfig, grid: Grid, sigmas: np.ndarray, options: Crpa, regions: Regions, rows: int = 1
 ) -> Estimate:
     """The cost of a run before it is made.
 
