@@ -185,12 +185,11 @@ def decode_bytes(parts: Parts, height: int, width: int, devices: int = 1) -> tup
     from sega_jax.decoding.decode import PLAIN_DECODE_BYTES
 
     config = parts.vae_config
-    widest = config.block_out_channels[min(1, len(config.block_out_channels) - 1)]
     number = jax.tree.leaves(parts.vae.params)[0].dtype.itemsize
-    field = height * width * widest * number
+    field = height * width * config.widest * number
     if devices > 1:
         tokens = (height // config.factor) * (width // config.factor)
-        return "sharded", DECODE_COPIES * field // devices + 2 * tokens * config.block_out_channels[-1] * number
+        return "sharded", DECODE_COPIES * field // devices + 2 * tokens * config.narrowest_width * number
     if 3 * field > PLAIN_DECODE_BYTES:
         return "strips", STRIP_DECODE_BYTES
     return "plain", DECODE_COPIES * field

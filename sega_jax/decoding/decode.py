@@ -16,7 +16,7 @@ from sega_jax.decoding.rows import decode_sharded
 from sega_jax.decoding.strips import decode_strips
 from sega_jax.decoding.tiles import decode_tiled
 from sega_jax.models.abstract import Component
-from sega_jax.models.vae import VaeConfig, denormalize
+from sega_jax.models.codec import CodecConfig
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +28,13 @@ TILE = 128  # latent pixels per side of a decoder tile, a quarter of it shared w
 @partial(jax.jit, static_argnames=("graphdef", "config", "dtype"))
 def decode_latents(params, latents, *, graphdef: nnx.GraphDef, config, dtype: str) -> jax.Array:
     """Model-scale latents f32 [B, h, w, C] to images f32 [B, 8h, 8w, 3] in [-1, 1]."""
-    raw = denormalize(config, latents).astype(dtype)
+    raw = config.denormalize(latents).astype(dtype)
     return nnx.merge(graphdef, params).decode(raw).astype(jnp.float32)
 
 
 def decode_with(
     vae: Component,
-    config: VaeConfig,
+    config: CodecConfig,
     latents: jax.Array | np.ndarray,
     *,
     dtype: str,
@@ -64,12 +64,12 @@ def decode_with(
         module = nnx.merge(vae.graphdef, vae.params)
 
         def shared(one: np.ndarray) -> np.ndarray:
-            raw = denormalize(config, jnp.asarray(one)).astype(dtype)
+            raw = config.denormalize(jnp.asarray(one)).astype(dtype)
             return decode_sharded(module, raw, mesh=mesh).astype(np.float32)
 
         return np.concatenate([shared(one) for one in np.split(latents, len(latents))])
     pixels = latents.shape[1] * latents.shape[2] * config.factor**2
-    largest = 3 * pixels * config.block_out_channels[min(1, len(config.block_out_channels) - 1)]
+    largest = 3 * pixels * config.widest
     size = largest * jnp.dtype(dtype).itemsize
     if mode == "auto" and size > PLAIN_DECODE_BYTES:
         logger.info("decoding in strips: the plain decode would hold about %.1f GB of activations", size / 1e9)
@@ -78,7 +78,7 @@ def decode_with(
         module = nnx.merge(vae.graphdef, vae.params)
 
         def decode(one: np.ndarray) -> np.ndarray:
-            return decode_strips(module, denormalize(config, jnp.asarray(one)).astype(dtype)).astype(np.float32)
+            return decode_strips(module, config.denormalize(jnp.asarray(one)).astype(dtype)).astype(np.float32)
     elif mode == "tiled":
         decode = partial(decode_tiled, run, tile=TILE)
     else:

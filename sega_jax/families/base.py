@@ -22,11 +22,11 @@ from converters.reading.formats import read_json
 from sega_jax.families.recipes import Recipe
 from sega_jax.geometry import Grid, RopeSpec
 from sega_jax.models.abstract import Component, build_abstract, parameters
+from sega_jax.models.codec import CodecConfig
 from sega_jax.models.denoiser import NetworkConfig
 from sega_jax.models.packing import Packing
 from sega_jax.models.quantized import Weights, scales
 from sega_jax.models.tokenize import TextTokenizer
-from sega_jax.models.vae import VaeConfig
 from sega_jax.sampling.denoise import Combine
 from sega_jax.sampling.schedule import Schedule
 from sega_jax.sharding.rules import Shardings
@@ -50,7 +50,7 @@ class Outline:
 
     family: str
     transformer_config: NetworkConfig
-    vae_config: VaeConfig
+    vae_config: CodecConfig
     schedule: Schedule
     rope: RopeSpec
     text_tokens: int

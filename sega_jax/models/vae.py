@@ -74,6 +74,24 @@ class VaeConfig:
         """Pixels per latent pixel along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def widest(self) -> int:
+        """Channels of the largest activations: full resolution arrives with the width of the one below."""
+        return self.block_out_channels[min(1, len(self.block_out_channels) - 1)]
+
+    @property
+    def narrowest_width(self) -> int:
+        """Channels at the resolution of the latents."""
+        return self.block_out_channels[-1]
+
+    def normalize(self, latents: jax.Array) -> jax.Array:
+        """Raw latents as the transformer sees them: ``(z - shift) * scale``, same shape and dtype."""
+        return (latents - self.shift_factor) * self.scaling_factor
+
+    def denormalize(self, latents: jax.Array) -> jax.Array:
+        """Inverse of `normalize`: ``z / scale + shift``, same shape and dtype."""
+        return latents / self.scaling_factor + self.shift_factor
+
     @classmethod
     def flux(cls) -> VaeConfig:
         """The autoencoder of FLUX.1 (dev and schnell)."""
@@ -367,13 +385,3 @@ def sample_posterior(
     """A draw from the posterior ``N(mean, exp(logvar))``, float32, from moments of `Vae.encode`."""
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
-
-
-def normalize(config: VaeConfig, latents: jax.Array) -> jax.Array:
-    """Raw latents as the transformer sees them: ``(z - shift) * scale``, same shape and dtype."""
-    return (latents - config.shift_factor) * config.scaling_factor
-
-
-def denormalize(config: VaeConfig, latents: jax.Array) -> jax.Array:
-    """Inverse of `normalize`: ``z / scale + shift``, same shape and dtype."""
-    return latents / config.scaling_factor + config.shift_factor

@@ -31,7 +31,7 @@ from sega_jax.media.latents import load_latents
 from sega_jax.models.abstract import Component
 from sega_jax.models.adapters import attach, from_lora, guidance_settings
 from sega_jax.models.quantized import Weights, check_weights
-from sega_jax.models.vae import normalize, sample_posterior
+from sega_jax.models.vae import sample_posterior
 from sega_jax.pipeline.planning import Plan
 from sega_jax.pipeline.planning import plan as make_plan
 from sega_jax.pipeline.results import Clock, Progress, Result
@@ -304,12 +304,12 @@ class Pipeline:
         """
         mean, logvar = self.posterior(images)
         key = jax.random.fold_in(jax.random.key(seed), 2**31)  # apart from every image index
-        return normalize(self.parts.vae_config, sample_posterior(jnp.asarray(mean), jnp.asarray(logvar), key))
+        return self.parts.vae_config.normalize(sample_posterior(jnp.asarray(mean), jnp.asarray(logvar), key))
 
     def posterior(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and log-variance f32 [B, H/8, W/8, C] of the autoencoder's posterior of images f32 [B, H, W, 3].
 
-        Above 2048 x 2048 in tiles.  `normalize` (`sega_jax.models.vae`) takes the mean to model scale.
+        Above 2048 x 2048 in tiles.  `normalize` of the autoencoder's configuration takes the mean to model scale.
         """
         vae = self._fetched(self.parts.vae)
         run = partial(encode_image, vae.params, graphdef=vae.graphdef, dtype=self.dtype)

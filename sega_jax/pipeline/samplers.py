@@ -12,7 +12,6 @@ import numpy as np
 from sega_jax import positional as pe
 from sega_jax.decoding.decode import VaeMode
 from sega_jax.layouts.streams import Layout
-from sega_jax.models.vae import normalize
 from sega_jax.pipeline.ladders import sigmas_of
 from sega_jax.pipeline.planning import Plan
 from sega_jax.sampling import rungs
@@ -76,7 +75,7 @@ def _ladder(pipe: Pipeline, plan: Plan, method: str | pe.Method, source: np.ndar
     def encode(image: jax.Array, noise: jax.Array | None) -> jax.Array:
         mean, logvar = pipe.posterior(np.asarray(image))
         chosen = jnp.asarray(mean) if noise is None else mean + jnp.exp(0.5 * logvar) * noise
-        return normalize(pipe.parts.vae_config, chosen)
+        return pipe.parts.vae_config.normalize(chosen)
 
     return Ladder(tuple(levels), Codec(partial(pipe.decode, vae=vae), encode), source)
 
@@ -96,7 +95,7 @@ def _two_stage(pipe: Pipeline, plan: Plan, method: str | pe.Method, vae: VaeMode
         for one in pipe.decode(low, vae=vae):  # a picture at a time: they are large, and none depends on its batch
             picture = sharpen(enlarge(jnp.asarray(one)[None], grid.pixels))
             means.append(pipe.posterior(np.asarray(picture))[0])
-        return normalize(pipe.parts.vae_config, jnp.asarray(np.concatenate(means)))
+        return pipe.parts.vae_config.normalize(jnp.asarray(np.concatenate(means)))
 
     own = pipe.plan("", height=small.pixels[0], width=small.pixels[1], steps=plan.steps).positional
     return TwoStage(

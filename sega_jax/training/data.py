@@ -14,7 +14,7 @@ from flax import nnx
 
 from sega_jax.models.flux import PACKING
 from sega_jax.models.tokenize import TextTokenizer
-from sega_jax.models.vae import Vae, normalize
+from sega_jax.models.vae import Vae
 from sega_jax.nano import grammar, render
 from sega_jax.nano import model as nano
 from sega_jax.training.flow_matching import Batch, calls_for
@@ -63,7 +63,7 @@ def encode_bucket(vae: Vae, bucket: Bucket, folder: Path, seed: int = 0) -> None
     if tokens_path.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    encode = nnx.jit(lambda vae, x: PACKING.pack(normalize(vae.config, vae.encode(x)[0])).astype(jnp.float16))
+    encode = nnx.jit(lambda vae, x: PACKING.pack(vae.config.normalize(vae.encode(x)[0])).astype(jnp.float16))
     side = nano.PIXELS_PER_TOKEN
     parts, numbers = [], np.empty(bucket.count, np.int32)
     for start in range(0, bucket.count, _CHUNK):

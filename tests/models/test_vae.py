@@ -18,8 +18,6 @@ from sega_jax.models.vae import (
     SpatialAttention,
     Vae,
     VaeConfig,
-    denormalize,
-    normalize,
     sample_posterior,
 )
 from sega_jax.weights.load import load
@@ -126,8 +124,8 @@ def test_posterior_samples_have_the_moments():
 def test_normalisation_of_flux():
     config = VaeConfig.flux()
     latents = jnp.array([0.1159, 1.1159, -2.0])
-    np.testing.assert_allclose(normalize(config, latents), [0.0, 0.3611, -2.1159 * 0.3611], atol=1e-6)
-    np.testing.assert_allclose(denormalize(config, normalize(config, latents)), latents, atol=1e-6)
+    np.testing.assert_allclose(config.normalize(latents), [0.0, 0.3611, -2.1159 * 0.3611], atol=1e-6)
+    np.testing.assert_allclose(config.denormalize(config.normalize(latents)), latents, atol=1e-6)
 
 
 def test_configuration_of_flux_is_read():
