@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +157,16 @@ def register(kernel: Kernel, *, first: bool = False) -> Kernel:
     _KERNELS.clear()
     _KERNELS.update({kernel.name: kernel, **others} if first else {**others, kernel.name: kernel})
     return kernel
+
+
+@contextmanager
+def serving(kernel: Kernel) -> Iterator[None]:
+    """The kernel in the registry, by name only, for the length of the block."""
+    register(kernel)
+    try:
+        yield
+    finally:
+        del _KERNELS[kernel.name]
 
 
 def registered() -> dict[str, Kernel]:
