@@ -357,9 +357,9 @@ def test_a_batch_with_guidance_and_a_region_per_picture(pipe):
     masks[1, 2:, 1:3] = True
     one = pipe.encode([PROMPT], negative_prompt="a green square", true_guidance=2.0)
     both = flux_conditioning(
-        *(jnp.concatenate([x, x]) for x in one.arrays.values()),
+        *(jnp.concatenate([one.arrays[name]] * 2) for name in ("text", "pooled")),
         one.scales.get("guidance"),
-        tuple(jnp.concatenate([x, x]) for x in one.negative.values()),
+        tuple(jnp.concatenate([one.negative[name]] * 2) for name in ("text", "pooled")),
         one.true_guidance,
     )
 
