@@ -127,7 +127,7 @@ def test_missing_guidance_is_named(model):
 def test_pack_is_inverted_and_refuses_odd_sides():
     latents = jnp.arange(2 * 4 * 6 * 3, dtype=jnp.float32).reshape(2, 4, 6, 3)
     np.testing.assert_array_equal(np.asarray(PACKING.unpack(PACKING.pack(latents), 2, 3)), np.asarray(latents))
-    with pytest.raises(ValueError, match="even"):
+    with pytest.raises(ValueError, match="both sides must be multiples of 2"):
         PACKING.pack(latents[:, :3])
 
 
