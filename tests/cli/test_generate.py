@@ -234,7 +234,7 @@ def test_embeddings(run, make, model, pipe):
     )
     code, _, err = run("generate", "--embeddings", "bad.safetensors", "--model", model)
     assert code == 1
-    tokens = made.text.shape[1]
+    tokens = made.text_tokens
     assert f"bad.safetensors: text has shape [1, {tokens}, 127]; this model needs ['rows', 'tokens', 128]" in err
 
 
