@@ -25,7 +25,7 @@ class RopeSpec:
         theta: base of the frequencies ``theta ** (-2 i / d)``.
         trained: tokens per side ``(rows, columns)`` the model was trained on.
         ids: position convention.  ``"corner"`` (FLUX): text at (0, 0, 0), image rows and columns from 0.
-            ``"centered"`` (Qwen-Image): image ids centred on 0, text on the diagonal behind them (dype.md §2.3).
+            ``"centered"`` (Qwen-Image): image ids centred on 0, text on the diagonal behind them.
         pixels_per_token: pixels per token side (VAE factor times patch side).
     """
 
@@ -99,7 +99,7 @@ class Grid:
 
         Args:
             largest: only for ``"corner"``: shift rows and columns so that the last id of a longer side is this
-                value, and the text to the first image token, as SEGA's release does with 256 (sega.md §6.1).
+                value, and the text to the first image token, as SEGA's FLUX pipeline does with 256 (arXiv 2605.22668).
                 RoPE is relative, so the shift changes no logit.
 
         Returns:

@@ -1,7 +1,7 @@
 """MultiDiffusion: the whole model on overlapping native windows, predictions averaged; the baseline of ScaleDiff.
 
 Windows are as large as the trained grid and half a window apart, so that ``(2 s - 1)^2`` model calls serve a canvas
-``s`` times as large per side (arXiv 2302.08113; scalediff.md §6.1).
+``s`` times as large per side (arXiv 2302.08113; counted as in ScaleDiff, arXiv 2510.25818).
 """
 
 from __future__ import annotations

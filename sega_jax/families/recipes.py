@@ -48,7 +48,7 @@ def recipe(grid: Grid, *, guidance_embeds: bool, dynamic_shift: bool, text_width
     if beyond and nano:
         positional, size = NANO_ABOVE_NATIVE, "beyond the trained grid: PI, which keeps nano's object whole"
     elif beyond:
-        positional, size = AUTO_ABOVE_NATIVE, "beyond the trained grid: YaRN, as dype.md §3.3"
+        positional, size = AUTO_ABOVE_NATIVE, "beyond the trained grid: YaRN, as in DyPE's code (arXiv 2510.20766)"
     if guidance_embeds:
         return Recipe(positional, "clamp", 28, 3.5, 3.5, f"FLUX.1-dev model card (28 steps, guidance 3.5); {size}")
     if not dynamic_shift:
@@ -68,7 +68,7 @@ def guided_recipe(known: Recipe, guidance: float, *, nano: bool, positional: str
         positional: what the LoRA was trained with, if it says so.
     """
     settings = {"guidance": None if known.guidance is None else guidance}
-    if not nano:  # scale_dit.md §5, §12.1
+    if not nano:  # Scale-DiT's FLUX.1 code: ntk_factor 10, and the scheduler's static shift of 3
         settings |= {"positional": "rebase(factor=10.0)", "mu": math.log(3)}
     if positional is not None:
         settings["positional"] = positional

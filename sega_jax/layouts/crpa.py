@@ -1,8 +1,9 @@
-"""Mixed resolution: tokens of several sizes in one sequence, every query asking on its own grid (CRPA; crpa.md).
+"""Mixed resolution: tokens of several sizes in one sequence, every query asking on its own grid (CRPA).
 
 Level 0 is the finest grid; a token of level ``l`` covers ``2**l`` fine tokens per side.  One attention call per level
 of the queries: keys of all levels take positions in units of that level's grid, and finer keys are thinned to the one
-at each cell's top left corner, so that every difference of positions is an integer, as in training.
+at each cell's top left corner, so that every difference of positions is an integer, as in training (Wu et al., arXiv
+2511.19778).
 
 Which cells are refined is traced, so a new region compiles nothing; how many tokens there is room for is static.
 """
@@ -79,7 +80,9 @@ def core(refined: Sequence[Array]) -> list[Array]:
 
 
 def present(refined: Sequence[Array], pads: tuple[int, int]) -> list[Array]:
-    """Per level the tokens that exist: the core and a band of context around it (crpa.md §7).
+    """Per level the tokens that exist: the core and a band of context around it, the paper's boundary expansion.
+
+    The paper gives the band's width; that it is square and cut off at the border of the picture is our choice.
 
     Args:
         refined: masks of levels 1, 2, ...
@@ -240,7 +243,7 @@ class Mixed:
         return self.groups[0] if len(self.groups) == 1 and self.single is None else None
 
     def pairs(self, text_tokens: int) -> int:
-        """Query-key pairs of one attention layer (crpa.md §4.1), with the room that is kept."""
+        """Query-key pairs of one attention layer: per group its queries times the keys it sees, with the room kept."""
         if self.single is not None:
             return (self.tokens + text_tokens) ** 2
         asking = {g: self.capacity[g] for g in self.groups}
@@ -285,7 +288,10 @@ class Mixed:
         return out
 
     def positions_in(self, grid: Grid, content: Arrangement, unit: int) -> jax.Array:
-        """Rotary positions of the sequence in units of a level's grid: f32 [b, L, 3] (crpa.md §3)."""
+        """Rotary positions of the sequence in units of a level's grid: f32 [b, L, 3].
+
+        The paper's ``p_k^(q) = S_q / S_k p_k``, where S grows with resolution.
+        """
         parts = []
         for level in self.groups:
             width = grid.width >> level
@@ -387,8 +393,11 @@ def arrange(refined: tuple[Array, ...], layout: Mixed) -> Arrangement:
 
 
 def _keys_of(group: int, exists: Sequence[jax.Array], grown: Sequence[jax.Array | None]) -> list[jax.Array]:
-    """Per level the tokens that queries of ``group`` see: every place once, at their own level where it has a token
-    (crpa.md §7 ``native_first``; without bands this is §3.2)."""
+    """Per level the tokens that queries of ``group`` see: every place once, at their own level where it has a token.
+
+    Without bands this is the paper's stride sampling.  What is seen of a band is our choice: no place counts twice in a
+    softmax.
+    """
     picked = []
     for level, mask in enumerate(exists):
         if level < group:

@@ -1,4 +1,6 @@
-"""Orders of the tokens of a grid: window by window, or along a Hilbert curve (scale_dit.md §7).
+"""Orders of the tokens of a grid: window by window, or along a Hilbert curve.
+
+Scale-DiT (arXiv 2510.16325) draws its windows along the curve; its code takes them row by row (``window_permutation``).
 
 An order is ``int32 [rows * columns]``, raster indices in the order of visiting.  Everything is NumPy and static.
 """
@@ -39,7 +41,7 @@ def hilbert_order(rows: int, columns: int) -> np.ndarray:
 
 
 def connected_order(rows: int, columns: int) -> np.ndarray:
-    """The cells of any grid along a curve like Hilbert's that goes from neighbour to neighbour (scale_dit.md §7.2).
+    """The cells of any grid along a curve like Hilbert's that goes from neighbour to neighbour.
 
     It begins top left and ends on the end of the longer side.  Where an odd longer side meets an even shorter one,
     parity allows no such curve and one step is diagonal.

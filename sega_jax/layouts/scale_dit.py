@@ -1,4 +1,7 @@
-"""Scale-DiT: text as a hub, local windows, and a small clean picture as guidance (scale_dit.md).
+"""Scale-DiT: text as a hub, local windows, and a small clean picture as guidance (arXiv 2510.16325).
+
+Mask P is the one drawn in the paper's figure, mask K the one its code builds for its kernel (``build_mask.ipynb`` of
+PeterYYZhang/Scale-DiT).
 
 The sequence is ``[text, image, low]``.  The image is ordered window by window (16 x 16 tokens for FLUX.1, a quarter
 of the trained side elsewhere), the four times smaller stream cell by cell, one cell under each window.  Nothing of

@@ -2,7 +2,7 @@
 
 The image is cut into patches of half the native sides, which do not overlap; a patch asks the window of native size
 around it, pushed back inside at the borders.  Text is seen by every patch and asks every window; its answers are
-averaged (ScaleDiff, arXiv 2510.25818; scalediff.md §2).
+averaged (ScaleDiff, arXiv 2510.25818, and its code for FLUX, KSH00906/ScaleDiff).
 
 Image positions are those of the whole canvas.  A window's text stands at the window's first token, which puts every
 text-image and image-image distance into the trained range.  RoPE is relative, so instead of turning the text keys

@@ -2,7 +2,7 @@
 
 ``y = x @ kernel + bias + (x @ a) @ b``, with ``a`` [in, rank], ``b`` [rank, out] (Hu et al., arXiv 2106.09685; the
 scale ``alpha / rank`` is multiplied into ``b``).  A LoRA for all streams is better merged into the weights as they
-are read; this is for Scale-DiT, whose LoRA belongs to the small clean stream (scale_dit.md §9).
+are read; this is for Scale-DiT, whose LoRA belongs to the small clean stream.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sega_jax.models.abstract import axes, parameters
 from sega_jax.models.layers import Linear
 
 ATTENTION = ("attention.query", "attention.key", "attention.value")
-# what the released FLUX.1 weights change (scale_dit.md §9), as layers of the image side
+# what the released FLUX.1 weights change (target_modules of Scale-DiT's train.yaml), as layers of the image side
 FULL = ("image_embed", *(f"double.image.{name}" for name in ("modulation", *ATTENTION, "attention_out", "mlp_out")),
         *(f"single.{name}" for name in ("modulation", *ATTENTION, "mlp_in", "out")))  # fmt: skip
 PARTIAL = tuple(name for name in FULL if not name.endswith("modulation"))  # their "partial" variant

@@ -1,4 +1,4 @@
-"""DyPE: extrapolation whose strength follows the noise level (dype.md §4).
+"""DyPE: extrapolation whose strength follows the noise level (arXiv 2510.20766, code guyyariv/DyPE).
 
 Low spatial frequencies of an image settle early in sampling, high ones evolve to the end; so extrapolate fully
 while sigma is near 1 and return towards the trained encoding as it falls.
@@ -19,14 +19,14 @@ from sega_jax.positional.rules import Expression, Signals, choice, number, real_
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class dype(Expression):  # the lower-case name is the expression's
-    """Strength ``scale * min(sigma / start, 1) ** exponent`` (dype.md §4).
+    """Strength ``scale * min(sigma / start, 1) ** exponent``, the paper's ``kappa(t) = lambda_s t^lambda_t``.
 
     Attributes:
         scale: lambda_s; None takes the published value of the rule it is given to: 2 for `pi` and `ntk`, 1 for
             `yarn` (2 with ``threshold_rule="power"``), 1 for `temperature`.
         exponent: lambda_t.
         start: noise level below which the strength begins to fall (for image-to-image, its first sigma).
-        t_round: ``"bfloat16"`` rounds sigma as the official FLUX pipeline does (dype.md §6); None does not.
+        t_round: ``"bfloat16"`` rounds sigma as the official FLUX pipeline does; None does not.
     """
 
     scale: Any = number(None, kinds=(NoneType,))

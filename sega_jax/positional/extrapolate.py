@@ -1,4 +1,6 @@
-"""Frequency rules PI, NTK, YaRN and YaRN's temperature, static or following the noise level (dype.md §3, §4).
+"""Frequency rules PI, NTK, YaRN and YaRN's temperature, static or following the noise level.
+
+Functions named below without a source are of DyPE's code (guyyariv/DyPE, ``flux/transformer_flux.py``).
 
 All of them leave an axis at or below its trained length exactly as trained: geometry is static, so that is a Python
 branch.  The frame axis is never scaled.
@@ -49,7 +51,7 @@ class none(FrequencyRule):
 class rebase(FrequencyRule):
     """The base multiplied, ``theta' = factor * theta``, on every axis and stream and at every size.
 
-    What Scale-DiT's code calls NTK and trains its weights with (scale_dit.md §5): at the trained size too, so it is
+    What Scale-DiT's code calls NTK (``ntk_factor``) and trains its weights with: at the trained size too, so it is
     no extrapolation rule.
 
     Attributes:
@@ -65,7 +67,7 @@ class rebase(FrequencyRule):
 
 
 def _per_stream(grid: Grid, text: str, trained: tuple[Any, ...], image: tuple[Any, ...]) -> PerStream:
-    """Text shares the image's values on ``"corner"`` grids or on request, else stays as trained (dype.md §2)."""
+    """Text shares the image's values on ``"corner"`` grids, as in FLUX's one table, or on request; else as trained."""
     shared = text == "image" or grid.spec.ids == "corner"
     return {"text": image if shared else trained, "image": image}
 
@@ -110,7 +112,7 @@ def _ntk_exponents(channels: int) -> np.ndarray:
 
 
 def _ntk_power(channels: int) -> float:
-    """``d / (d - 2)``: the last pair is slowed by exactly ``s`` (dype.md §3.2)."""
+    """``d / (d - 2)``: the last pair is slowed by exactly ``s`` (``find_newbase_ntk``)."""
     if channels < 4:
         raise ValueError(f"a rotary axis of {channels} channels has one pair, which NTK cannot slow; use pi()")
     return channels / (channels - 2)
@@ -118,9 +120,9 @@ def _ntk_power(channels: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class pi(_Extrapolation):
-    """Position interpolation: frequencies divided by ``s ** strength`` (dype.md §3.1, §4).
+    """Position interpolation: frequencies divided by ``s ** strength`` (arXiv 2306.15595).
 
-    Fields as in `ntk`; ``strength=dype()`` is Dy-PI (scale 2), which no official code contains.
+    Fields as in `ntk`; ``strength=dype()`` is Dy-PI (DyPE's equation 14, scale 2), which no official code contains.
     """
 
     def spatial(self, grid: Grid, signals: Signals) -> tuple[jax.Array | None, jax.Array | None]:
@@ -135,13 +137,13 @@ class pi(_Extrapolation):
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ntk(_Extrapolation):
     """NTK-aware base change: ``theta' = theta * max(1, s ** (strength * d / (d - 2)) / (1 + damping * ln s))``
-    (dype.md §3.2, §4; with strength 2 and damping 0.1 it is SEGA's base, sega.md §3.1).
+    (``FluxPosEmbed``; with strength 2 and damping 0.1 it is SEGA's base, ``FluxTransformer2DModel`` of its code).
 
     Attributes:
         strength: 1 is the static method; a `dype` schedule makes it follow sigma.
         damping: coefficient of ``ln s`` in the damping denominator.
         scale: ``"per_axis"``, ``"isotropic"`` (larger side, on both axes) or ``"sega"`` (`Policy`; on ``"centered"``
-            grids the shorter axis then takes its share of the longer axis' factor, sega.md §3.4).
+            grids the shorter axis then takes its share of the longer axis' factor, as SEGA's code for Qwen-Image).
         activation: ``"per_axis"``, ``"max_side"`` or ``"area"`` (`Policy`).
         trained: trained tokens per side, if not the grid's own.
         text: ``"convention"``: text is rescaled with the image on ``"corner"`` grids and stays plain on ``"centered"``
@@ -182,19 +184,22 @@ class ntk(_Extrapolation):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class yarn(_Extrapolation):
-    """Three-band YaRN as in DyPE's code: fast pairs as trained, middle ones NTK, slow ones PI (dype.md §3.3, §4.2).
+    """Three-band YaRN as in DyPE's code: fast pairs as trained, middle ones NTK, slow ones PI.
+
+    FiT's (arXiv 2402.12376) as ``get_1d_rotary_pos_embed`` writes it; not the two-threshold YaRN of the papers.
 
     Its temperature is a rule of its own: ``yarn() + temperature()``.  Fields as in `ntk`, and:
 
     Attributes:
         strength: multiplies the four thresholds (or is their exponent), so that a falling strength slides both ramps
             towards the slow pairs.
-        threshold_rule: ``"multiply"`` (current, dype.md §4.2) or ``"power"`` (2025 and ComfyUI, §4.3).
+        threshold_rule: ``"multiply"`` (DyPE's code since February 2026) or ``"power"`` (before, and ComfyUI-DyPE).
         beta: turns over the trained length at the edges of the NTK-to-PI ramp.
         gamma: turns at the edges of the trained-to-result ramp.
-        ramp_fix: caps the ramps' lower edges; False reproduces the published inversion at small sigma (§11, O1).
+        ramp_fix: caps the ramps' lower edges; False reproduces the published code, which caps only the upper ones, so
+            that at small sigma the ramps turn round.
         ntk_scale: how the NTK band's own factor is measured; None as ``scale``, ``"isotropic"`` with per-axis
-            ``scale`` is vision YaRN (§3.6).
+            ``scale`` is ComfyUI-DyPE's vision YaRN.
     """
 
     threshold_rule: Literal["multiply", "power"] = choice("multiply", "power")
@@ -232,7 +237,7 @@ class yarn(_Extrapolation):
     def ramp_edges(
         self, turns: tuple[Any, Any], channels: int, theta: float, length: int | float, kappa: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Pair indices ``(lo, hi)`` between which a ramp rises, after clamping (dype.md §3.3, §13).
+        """Pair indices ``(lo, hi)`` between which a ramp rises, after clamping (``find_correction_range``).
 
         Args:
             turns: ``(fast, slow)`` full turns over the trained length at the two edges.
@@ -264,7 +269,7 @@ def ramp(edges: tuple[jax.Array, jax.Array], channels: int) -> jax.Array:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class temperature(MagnitudeRule):
-    """YaRN's attention temperature: magnitude ``1 + strength * coefficient * ln s`` on scaled axes (dype.md §3.4, §7).
+    """YaRN's attention temperature: magnitude ``1 + strength * coefficient * ln s`` on scaled axes (arXiv 2309.00071).
 
     Queries and keys both carry it, so logits scale by its square.  Text rows carry it on ``"corner"`` grids only.
 

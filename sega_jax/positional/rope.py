@@ -2,7 +2,7 @@
 
 A `Rope` is what every positional method returns for a stream: one frequency vector and one magnitude vector per
 rotary axis.  The magnitude of pair ``p`` multiplies its rotation on queries *and* keys, so the pair's share of
-every attention logit scales by its square (sega.md §6.3).
+every attention logit scales by its square.
 """
 
 from __future__ import annotations

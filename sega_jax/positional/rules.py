@@ -26,8 +26,8 @@ Scale = Literal["per_axis", "isotropic", "sega"]
 Activation = Literal["per_axis", "max_side", "area"]
 PerStream = dict[str, tuple[jax.Array, ...]]
 
-TOLERATED_STRETCH = 1.5  # dype.md §5: InvokeAI leaves images of up to 1536 px, 1.5 times trained, alone
-SEGA_PIXELS = 1024  # sega.md §1: SEGA's training resolution, also where the model's own differs (Qwen-Image)
+TOLERATED_STRETCH = 1.5  # as InvokeAI's DyPE (pull request 8763), which leaves images of up to 1536 px alone
+SEGA_PIXELS = 1024  # training_resolution of SEGA's code, also where the model's own differs (Qwen-Image)
 
 
 @jax.tree_util.register_dataclass
@@ -189,8 +189,8 @@ class Policy:
 
     Attributes:
         scale: ``"per_axis"``: tokens over trained tokens of the axis; ``"isotropic"``: the larger of the two on both
-            axes; ``"sega"``: isotropic on ``"corner"`` grids, per axis against 1024 px on ``"centered"`` ones
-            (sega.md §3.3, §3.4).
+            axes; ``"sega"``: isotropic on ``"corner"`` grids, per axis against 1024 px on ``"centered"`` ones, as
+            SEGA's code does for FLUX and for Qwen-Image.
         activation: ``"per_axis"``: an axis beyond its trained length is scaled; ``"max_side"``: only if the longest
             side exceeds 1.5 times trained; ``"area"``: only if the grid has more tokens than the trained one.
         trained: trained tokens per side, replacing the grid's own `RopeSpec.trained`.

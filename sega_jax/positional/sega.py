@@ -1,7 +1,9 @@
-"""SEGA: magnitude per rotary pair from the latent's spectrum (sega.md §2, §4.4, §4.5).
+"""SEGA: magnitude per rotary pair from the latent's spectrum (arXiv 2605.22668).
 
 A pair whose spatial frequency carries much energy is turned down, one with little is turned up; the flatter the
 spectrum, the less.  Its frequencies are NTK's: ``ntk(strength=2.0, damping=0.1, scale="sega", text="image")``.
+
+Formulas are those of the released code; functions named below are of its ``flux_sega/transformer_flux.py``.
 """
 
 # ruff: noqa: RUF009 - the field makers return dataclass fields
@@ -36,7 +38,7 @@ from sega_jax.positional.spectrum import EPS, Bins, Spectrum, measure
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class sega_magnitude(MagnitudeRule):
-    """SEGA's magnitudes; all tokens carry them, text included (sega.md §6).
+    """SEGA's magnitudes; all tokens carry them, text included.
 
     Attributes:
         alpha: strength of the redistribution between pairs.
@@ -47,8 +49,8 @@ class sega_magnitude(MagnitudeRule):
         spread: smallest and largest amplitude.
         reference: ``"power"``: ``s ** kappa``; ``"log"``: ``1 + kappa * ln s``.
         reduce: ``"sample"``, or ``"batch"`` as released (`measure`).
-        share_width: on ``"centered"`` grids, rows take the columns' magnitudes, as the Qwen-Image release does
-            (sega.md §3.4); no effect on ``"corner"`` grids.
+        share_width: on ``"centered"`` grids, rows take the columns' magnitudes, as the Qwen-Image release does;
+            no effect on ``"corner"`` grids.
         bins: which frequency counts to which bin of the profiles: ``"exact"``, or ``"float32"`` as released
             (`measure`).
         scale, activation, trained: as in `ntk`; None follows the chain's frequency rule (alone: ``"sega"``).
@@ -98,17 +100,17 @@ class sega_magnitude(MagnitudeRule):
         return {"text": image, "image": image}
 
     def reference_magnitude(self, s: float) -> jax.Array:
-        """Magnitude all pairs of an axis share before the redistribution; ``s`` at least 1 (sega.md §3.2)."""
+        """Magnitude all pairs of an axis share before redistribution; ``s`` at least 1 (``compute_base_mscale``)."""
         exponent = jnp.asarray(self.kappa, real_dtype()) * math.log(s)
         return jnp.exp(exponent) if self.reference == "power" else 1 + exponent
 
     def amplitude(self, flatness: jax.Array) -> jax.Array:
-        """Strength of the redistribution from the spectrum's flatness, [...] (sega.md §4.4)."""
+        """Strength of the redistribution from the spectrum's flatness, [...] (``compute_dynamic_spread``)."""
         low, high = self.spread
         return low + (high - low) * (1 - jnp.power(flatness, self.gamma))
 
     def allocate(self, correction: jax.Array, reference: jax.Array, amplitude: jax.Array) -> jax.Array:
-        """Magnitudes ``max(reference * (1 - alpha * amplitude * correction), floor)``: [..., n] (sega.md §4.5)."""
+        """``max(reference * (1 - alpha * amplitude * correction), floor)``, [..., n] (``compute_sega_allocation``)."""
         amplitude = amplitude.astype(correction.dtype)[..., None]
         reference = reference.astype(correction.dtype).reshape((1,) * correction.ndim)
         allocated = jnp.maximum(reference * (1 - self.alpha * amplitude * correction), self.floor)
@@ -118,7 +120,8 @@ class sega_magnitude(MagnitudeRule):
 def band_lookup(pairs: int, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where each pair reads the profile: lower bin, upper bin, weight of the upper one, each [pairs].
 
-    Linear in the pair index (sega.md §4.5): the fastest pair reads the highest bin, the slowest the axis' mean.
+    The release spreads log periods over the bins, and they are linear in the pair index: the fastest pair reads the
+    highest bin, the slowest the axis' mean.
     """
     position = (1 - np.arange(pairs) / max(pairs - 1, 1)) * (bins - 1)
     lower = np.clip(np.floor(position).astype(np.int32), 0, bins - 1)
@@ -126,7 +129,7 @@ def band_lookup(pairs: int, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def pair_correction(energy: jax.Array, pairs: int, beta: Any = 1.5) -> jax.Array:
-    """Zero-sum correction of each pair from an axis profile: [..., bins] -> [..., pairs] (sega.md §4.5)."""
+    """Zero-sum correction of each pair from an axis profile: [..., bins] -> [..., pairs]."""
     lower, upper, weight = band_lookup(pairs, energy.shape[-1])
     logs = jnp.log(jnp.maximum(energy, EPS))
     weight = jnp.asarray(weight, logs.dtype).reshape((1,) * (logs.ndim - 1) + weight.shape)

@@ -1,9 +1,11 @@
-"""High resolution where it matters: coarse steps, mixed steps with refined regions, fine steps (crpa.md §6, §7).
+"""High resolution where it matters: coarse steps, mixed steps with refined regions, fine steps.
 
 All levels keep a whole canvas of latents.  After every step of the mixed stage what a canvas has no tokens of its own
 for, the band around regions included, is filled from the clean estimate of the other levels, noised to the next level
 with that canvas' own noise: so the band exchanges content both ways, statistics of a canvas see a whole picture, and
-the finest canvas is at any time the state of a full-resolution run.
+the finest canvas is at any time the state of a full-resolution run.  The stages and the exchange are those of Wu et al.
+(arXiv 2511.19778).  When the stages change and how refined tokens start are our choices, and options; no code of
+theirs was found.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ class Crpa:
         text: group in which text asks, ``"fine"`` or ``"coarse"``.
         positions: ``"aligned"``, or a single-map baseline (`Mixed`).
         switch: how refined tokens start: ``"renoise"`` (clean estimate, upsampled, with the shared noise) or
-            ``"rewind"`` (the noisy latents upsampled, the noise level of all tokens raised; crpa.md §6.4).
+            ``"rewind"`` (the noisy latents upsampled, the noise level of all tokens raised, as RALU does,
+            arXiv 2507.08422).
         rewind: Z >= 2 of the latter: 2 raises sigma to ``2 sigma / (1 + sigma)``.
         resize: ``"bicubic"`` or ``"nearest"``, how clean estimates grow.
     """
@@ -162,7 +165,7 @@ class Crpa:
 
 
 def noises(field: jax.Array, levels: int) -> Canvases:
-    """One noise field for all levels: block means times two, each N(0, I) (crpa.md §6.3)."""
+    """One noise field for all levels: block means times two, each N(0, I) (as Foveated Diffusion, arXiv 2603.23491)."""
     out = [field]
     for _ in range(levels - 1):
         out.append(2 * block_mean(out[-1]))
@@ -170,7 +173,7 @@ def noises(field: jax.Array, levels: int) -> Canvases:
 
 
 def rewind_coefficients(sigma: float, z: float) -> tuple[float, float, float]:
-    """``(a, b, sigma')`` with ``x' = a Up(x) + b n'`` at ``sigma'`` (crpa.md §6.4)."""
+    """``(a, b, sigma')`` with ``x' = a Up(x) + b n'`` at ``sigma'`` (RALU, arXiv 2507.08422)."""
     clean = 1 - sigma
     scale = z * sigma + clean
     raised = 1 - clean / scale
@@ -193,7 +196,7 @@ def pixels_of(mask: jax.Array, latents: jax.Array) -> jax.Array:
 
 
 def composite(clean: Canvases, refined: tuple[jax.Array, ...], resizer: Resizer) -> Canvases:
-    """Every level's whole clean picture from the tokens that are its content (crpa.md §7).
+    """Every level's whole clean picture from the tokens that are its content.
 
     Args:
         clean: estimates; read where a level has content.
@@ -232,7 +235,7 @@ def settle(
     """Euler for each level's own content, and everything else from the other levels at the new noise level.
 
     The band around regions is thus exchanged both ways, and with nothing refined the finer canvases are those a lift
-    of the coarse picture gives (crpa.md §6.4, §6.6, §7).
+    of the coarse picture gives.
     """
     clean = {name: x - sigma * velocity[name] for name, x in latents.items()}
     whole = composite(clean, refined, resizer)

@@ -2,7 +2,7 @@
 
 Between two stages the finished latent is enlarged twice, as a latent and as a picture through the autoencoder, and
 the two are mixed by frequency; during a stage the low band of every prediction is pulled towards that reference
-(scalediff.md §3-§5).  The autoencoder comes in as a `Codec`, so decode and encode may be plain, exact or tiled.
+(arXiv 2510.25818).  The autoencoder comes in as a `Codec`, so decode and encode may be plain, exact or tiled.
 """
 
 from __future__ import annotations

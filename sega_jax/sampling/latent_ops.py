@@ -1,7 +1,7 @@
 """Operators on latents for climbing from size to size: low-pass, bicubic, frequency mixing, structure guidance.
 
 Pure linear algebra on channel-last arrays of any model; nothing here knows a network.  Formulas are those of ScaleDiff
-(arXiv 2510.25818; scalediff.md §3, §4).  All in float32, or float64 where that is what comes in.
+(arXiv 2510.25818) as its code has them (KSH00906/ScaleDiff).  All in float32, or float64 where that is what comes in.
 """
 
 from __future__ import annotations

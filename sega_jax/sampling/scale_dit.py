@@ -1,8 +1,11 @@
-"""Scale-DiT's way to a picture: a small one first, then the large one with it alongside (scale_dit.md §4, §12).
+"""Scale-DiT's way to a picture: a small one first, then the large one with it alongside (arXiv 2510.16325).
 
 Stage 1 is the plain model at a quarter of the side.  Stage 2 starts from that picture enlarged and noised (or from
 noise) and runs in windows; every step reads the small picture, clean, as a stream of its own.  Without a LoRA that
 was trained for it that stream is left out: the training-free mode.
+
+The authors' code (PeterYYZhang/Scale-DiT) samples in three ways: release A is that of December 2025 for FLUX.1, B its
+revision of February 2026 (commit 22f92f4), C the one for FLUX.2.
 """
 
 from __future__ import annotations
@@ -202,7 +205,7 @@ def low_frequencies(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def pull(velocity: jax.Array, latents: jax.Array, target: jax.Array, sigma: Any, weight: Any) -> jax.Array:
-    """Velocity whose low frequencies are drawn to those that lead to ``target`` (scale_dit.md §12.2), float32."""
+    """Velocity whose low frequencies are drawn to those that lead to ``target``, float32 (release B's guidance)."""
     towards = (latents - target) / (sigma + 1e-6)
     return velocity + weight * (low_frequencies(towards) - low_frequencies(velocity))
 
@@ -241,7 +244,7 @@ def small_stream(
     packing: Packing,
     backend: str = "auto",
 ) -> Any:
-    """Keys and values of the small picture in every block, for all steps (mask K, scale_dit.md §4).
+    """Keys and values of the small picture in every block, for all steps: under mask K it sees only itself.
 
     Args:
         low: latents of the small picture, f32 [B, h, w, C].

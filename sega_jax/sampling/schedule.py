@@ -1,7 +1,8 @@
 """Noise schedules of flow matching: which sigmas a run visits.
 
 Half of a high-resolution method is here: the published dynamic shift grows without bound with the token count
-and leaves every step but the last at pure noise (dype.md §8), so the policy for ``mu`` is explicit and logged.
+and leaves every step but the last at pure noise (FLUX.1 at 4096 pixels has a mu of 11.55), so the policy for ``mu``
+is explicit and logged.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class Schedule:
 
 
 def collapse_warning(sigmas: np.ndarray) -> str | None:
-    """A message where more than half of the steps are nearly pure noise, else None (field-notes §6.3)."""
+    """A message where more than half of the steps are nearly pure noise, else None."""
     noisy = int((sigmas[:-1] > NOISY).sum())
     steps = len(sigmas) - 1
     if noisy * 2 <= steps:

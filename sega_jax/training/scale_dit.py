@@ -1,4 +1,4 @@
-"""Training the LoRA of Scale-DiT's small stream on frozen weights (scale_dit.md §11).
+"""Training the LoRA of Scale-DiT's small stream on frozen weights (arXiv 2510.16325).
 
 Only the adapters are trained, in float32; the transformer stays as it was loaded.  The loss is that of flow matching
 on the large picture; nothing of the small one is predicted.  The batch and the random key of a step depend on

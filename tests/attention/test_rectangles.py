@@ -89,8 +89,8 @@ def test_the_rows_of_a_map():
 @pytest.mark.parametrize(
     ("mask", "expected"),
     [
-        # spec §6 at 1024 pixels with 512 text tokens: text rows see text and image; two neighbouring windows share the
-        # text and most of what is around them
+        # worked by hand, 1024 pixels and 512 text tokens: text rows see text and image; two neighbouring windows share
+        # the text and most of what is around them
         ("kernel", [(512, 17, 8), (512, 72, 1), (128, 1, 2), (128, 3, 2), (128, 4, 6), (128, 5, 10), (128, 10, 12)]),
         # two windows share text and small stream (12 blocks of 64), each has itself; the small stream's own
         ("paper", [(512, 6, 8), (512, 36, 1), (256, 2, 16), (256, 6, 1)]),

@@ -40,7 +40,7 @@ def test_halves_that_need_patterns_are_not_cut():
 
 
 def test_scale_dits_mask_k():
-    """spec §6: it is made of blocks of 128 x 64, so its 30 half-empty ones at 1024 pixels vanish."""
+    """The released kernel's mask is made of blocks of 128 x 64, so its 30 half-empty ones at 1024 pixels vanish."""
     whole = block_map(64, 64, 0, "kernel")
     assert (whole.visited, (whole.pattern > 0).sum()) == (260, 30)
     cut = halved(whole, 64 * 64 * 17 // 16)

@@ -1,4 +1,4 @@
-"""Mixed-resolution attention against the vectors of crpa.md §15, and regions against hand-made masks."""
+"""Mixed-resolution attention against the paper's toy (arXiv 2511.19778), tables worked by hand, and hand-made masks."""
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ def dense(grid, streams, order=None):
 
 
 @pytest.mark.parametrize("text", [0, 3])
-def test_all_refined_is_plain_attention(text):  # T1
+def test_all_refined_is_plain_attention(text):
     grid = SPEC.grid(4, 6, text)
     layout, content, _ = layout_of([np.ones((2, 3))], (4, 6))
     assert layout.capacity == (24, 0)
@@ -100,7 +100,7 @@ def test_all_refined_is_plain_attention(text):  # T1
 
 
 @pytest.mark.parametrize("text", [0, 3])
-def test_nothing_refined_is_the_coarse_model(text):  # T2, and text asks on the coarse grid
+def test_nothing_refined_is_the_coarse_model(text):  # where text asks on the coarse grid
     fine, coarse = SPEC.grid(8, 12, text), SPEC.grid(4, 6, text)
     layout, content, _ = layout_of([np.zeros((4, 6))], (8, 12), pads=(2, 2))
     assert layout.capacity == (0, 24)
@@ -119,7 +119,7 @@ def logits(layout, content, grid, streams, rope=None):
     return run(layout, content, grid, streams, rope, {n: jnp.asarray(cuts[n]) for n in streams["q"]})
 
 
-def test_shift_invariance():  # T3
+def test_shift_invariance():
     """All positions of a group moved alike: the same image weights; with text in the softmax they do change."""
     layout, content, _ = layout_of([BLOCK_B], (8, 8))
     for text in (0, 2):
@@ -153,7 +153,7 @@ def place(layout, content, grid, unit):
     return np.asarray(layout.positions_in(grid, content, unit))[0, :, 1:]
 
 
-def test_equal_displacements_have_equal_phases():  # T4
+def test_equal_displacements_have_equal_phases():
     grid = SPEC.grid(4, 4)
     layout, content, _ = layout_of([BLOCK_A], (4, 4))
     fine, coarse = (place(layout, content, grid, unit) for unit in (0, 1))
@@ -164,7 +164,7 @@ def test_equal_displacements_have_equal_phases():  # T4
     assert (coarse[6] - coarse[5]).tolist() == [0, 1]
 
 
-def test_coarse_rows_are_the_coarse_model_and_read_top_left_keys_only():  # T5
+def test_coarse_rows_are_the_coarse_model_and_read_top_left_keys_only():
     grid, small = SPEC.grid(8, 8), SPEC.grid(4, 4)
     layout, content, _ = layout_of([BLOCK_B], (8, 8))
     streams = random_streams(28)
@@ -184,7 +184,7 @@ def test_coarse_rows_are_the_coarse_model_and_read_top_left_keys_only():  # T5
 
 
 @pytest.mark.parametrize("text", [0, 3])
-def test_fine_rows_are_those_of_fine_positions_for_all(text):  # T6
+def test_fine_rows_are_those_of_fine_positions_for_all(text):
     grid = SPEC.grid(8, 8, text)
     streams = random_streams(28, text)
     aligned, content, _ = layout_of([BLOCK_B], (8, 8))
@@ -200,7 +200,7 @@ BLOCK_A = np.array([[0, 1], [0, 0]], bool)
 BLOCK_B = np.pad(np.ones((2, 2), bool), 1)
 
 
-def test_toy_of_the_paper():  # T7: nine coarse cells, cells 3 and 4 refined
+def test_toy_of_the_paper():  # nine coarse cells, cells 3 and 4 refined
     mask = np.zeros((1, 9), bool)
     mask[:, 3:5] = True
     layout, content, _ = layout_of([mask], (2, 18))
@@ -214,7 +214,7 @@ def test_toy_of_the_paper():  # T7: nine coarse cells, cells 3 and 4 refined
     assert coarse[seen][2:, 1].tolist() == [0, 1, 2, 5, 6, 7, 8]
 
 
-def test_three_levels():  # T7: 16 fine cells; the first row of a strip four fine tokens high
+def test_three_levels():  # 16 fine cells; the first row of a strip four fine tokens high
     outer = np.array([[0, 1, 1, 0]], bool)
     inner = np.zeros((2, 8), bool)
     inner[:, 4:6] = True
@@ -230,7 +230,7 @@ def test_three_levels():  # T7: 16 fine cells; the first row of a strip four fin
     assert layout.pairs(0) == 16 * 22 + 4 * 10 + 2 * 4
 
 
-def test_tiny_grids():  # T8, T9 positions and keys (their weights are in test_seam), T10
+def test_tiny_grids():  # positions and keys of two; the first one's weights are below and in test_seam
     layout, content, _ = layout_of([BLOCK_A], (4, 4))
     grid = SPEC.grid(4, 4)
     assert place(layout, content, grid, 0).astype(int).tolist() == [
@@ -254,13 +254,16 @@ def test_tiny_grids():  # T8, T9 positions and keys (their weights are in test_s
     ]  # fmt: skip
 
 
-T8 = """
+# Weights of BLOCK_A's tokens, worked by hand: logits are (cos of rows + cos of columns) / 2.  Rows of a fine and of a
+# coarse query, then of the two baselines.
+TINY = """
 .224789 .178630 .178630 .141949 .110729 .054544 .110729
 .246727 0 0 0 .310484 .246727 .196062
 .150052 .112625 .119240 .089498 .304618 .150052 .073915
 .167034 .157116 .157116 .147788 .132734 .105478 .132734
 """
-T9 = """
+# the same with one text token at (0, 0)
+TINY_WITH_TEXT = """
 .233492 .115016 .086328 .091398 .068601 .233492 .115016 .056656
 .099691 .202380 .160822 .160822 .127798 .099691 .049107 .099691
 .236923 .188272 0 0 0 .236923 .188272 .149611
@@ -302,19 +305,19 @@ def test_a_region_per_sample():
         np.testing.assert_allclose(together[row][valid[row]], alone[0][valid[row]], atol=1e-6)
 
 
-def test_weights_of_the_tiny_grid():  # T8, T9 through the layout itself, and the baselines' rows
-    expected = table(T8)
+def test_weights_of_the_tiny_grid():  # through the layout itself
+    expected = table(TINY)
     ours = weights_of(0)
     np.testing.assert_allclose(ours[[0, 4]], expected[:2], atol=2e-6)
     np.testing.assert_allclose(weights_of(0, positions="pi-hr")[4], expected[2], atol=2e-6)
     np.testing.assert_allclose(weights_of(0, positions="pi-lr")[0], expected[3], atol=2e-6)
-    np.testing.assert_allclose(weights_of(1)[[0, 1, 5, 7]], table(T9), atol=2e-6)
+    np.testing.assert_allclose(weights_of(1)[[0, 1, 5, 7]], table(TINY_WITH_TEXT), atol=2e-6)
     coarse = weights_of(1, text="coarse")
-    np.testing.assert_allclose(coarse[[1, 5, 7]], table(T9)[1:], atol=2e-6)
+    np.testing.assert_allclose(coarse[[1, 5, 7]], table(TINY_WITH_TEXT)[1:], atol=2e-6)
     assert np.count_nonzero(coarse[0]) == 5  # text now sees the coarse group's keys
 
 
-def test_phases_of_positions():  # T18
+def test_phases_of_positions():
     q, k = np.arange(1, 9) / 8, np.arange(8, 0, -1) / 8
     omega = np.array([1, 0.01])
 
@@ -337,7 +340,7 @@ def test_phases_of_positions():  # T18
 # -- bands -------------------------------------------------------------------------------------------------------
 
 
-def test_bands_in_one_dimension():  # T11
+def test_bands_in_one_dimension():
     mask = np.zeros((1, 1, 10), bool)
     mask[..., 4:8] = True
     refined = (jnp.asarray(mask),)
@@ -515,7 +518,7 @@ def test_overlay_shows_the_levels():
     assert drawn[4, 0].tolist() == pytest.approx([1.0, 0.2, -0.8])
 
 
-def test_gradients_of_packing():  # T15
+def test_gradients_of_packing():
     layout, content, refined = layout_of([BLOCK_B], (8, 8), pads=(2, 1))
     rng = np.random.default_rng(0)
     canvases = {

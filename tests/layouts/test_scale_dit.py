@@ -17,7 +17,7 @@ SMALL = RopeSpec(dims=(4, 6, 6), trained=(16, 16))  # windows of 4 x 4, cells of
 
 
 def pairs(layout: ScaleDiT, grid) -> np.ndarray:
-    """The mask over [text, image, low] in the layout's order, from the rules of scale_dit.md §6 alone."""
+    """The mask over [text, image, low] in the layout's order, from the rules of the two masks alone."""
     window = layout.window_of(grid)
     where = layout.places(grid)
     i, j, cell_q = where["image"]
@@ -106,7 +106,7 @@ def test_attention_is_masked_dense_attention(layout):
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_paper_mask_does_not_depend_on_the_order():  # §17.8 a
+def test_paper_mask_does_not_depend_on_the_order():
     grid = SMALL.grid(8, 8, text_tokens=4)
     rng = np.random.default_rng(1)
     sizes = {"text": 4, "image": 64, "low": 4}
@@ -123,7 +123,7 @@ def test_paper_mask_does_not_depend_on_the_order():  # §17.8 a
 
 @pytest.mark.parametrize(("side", "exact", "expanded"), [(1024, 5_682_596, 8_470_528), (2048, 22_268_132, 35_520_512)])
 def test_published_pairs(side, exact, expanded):
-    """Token pairs as the authors printed them, before and after expansion to 128 x 64 (§17.7)."""
+    """Token pairs as the authors' code printed them, before and after expansion to 128 x 64."""
     grid = FLUX.grid_for_pixels(side, side, 512)
     layout = ScaleDiT()
     where, reach = layout.places(grid), layout.reaches(grid)
@@ -144,7 +144,7 @@ def test_published_blocks_at_8192_by_16384():
     ("side", "ordering", "blocks"),
     [(1024, "hilbert", 920), (2048, "hilbert", 3_772), (2048, "hilbert-windows", 4_336)],
 )
-def test_occupancy_of_other_orders(side, ordering, blocks):  # §15.3
+def test_occupancy_of_other_orders(side, ordering, blocks):  # counted pair by pair by another program
     grid = FLUX.grid_for_pixels(side, side, 512)
     layout = ScaleDiT(ordering=ordering)
     where, reach = layout.places(grid), layout.reaches(grid)
@@ -161,7 +161,7 @@ def test_occupancy_of_other_orders(side, ordering, blocks):  # §15.3
     ("side", "mask", "speedup"), [(4096, "kernel", 3.88), (6144, "kernel", 7.62), (4096, "paper", 3.35)]
 )
 def test_ideal_speedup(side, mask, speedup):
-    """Counted operations of FLUX.1, attention and linear layers, dense over Scale-DiT (§15.2)."""
+    """Counted operations of FLUX.1, attention and linear layers, dense over Scale-DiT."""
     tokens = (side // 16) ** 2
     linear, pair, layers = 57 * 12 * 3072**2 * 2, 4 * 128 * 24, 57
     pairs_seen = block_map(side // 16, side // 16, 512, mask, 128, 64).visited * 128 * 64
@@ -170,7 +170,7 @@ def test_ideal_speedup(side, mask, speedup):
     assert dense / ours == pytest.approx(speedup, abs=0.006)
 
 
-def test_closed_form_equals_expansion():  # §17.8 g
+def test_closed_form_equals_expansion():
     for height, width in ((64, 64), (48, 80)):
         grid = FLUX.grid(height, width, 512)
         layout = ScaleDiT()
@@ -182,7 +182,7 @@ def test_closed_form_equals_expansion():  # §17.8 g
         np.testing.assert_array_equal(_units(where["low"], where["low"], reach["alone"], 128, 64), whole[n:, m:])
 
 
-def test_positions():  # §17.6
+def test_positions():
     grid = FLUX.grid(64, 64, 512)
     *_, low_call = ScaleDiT().calls(grid)
     (low,) = low_call.sets[0].queries

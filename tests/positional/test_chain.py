@@ -108,7 +108,7 @@ def test_printing_shows_what_differs_from_the_default():
     assert str(pe.yarn(beta=(2, 1))) == "yarn(beta=(2.0, 1.0))"
 
 
-def test_example_of_the_design():
+def test_an_expression_reads_as_the_objects_it_names():
     method = pe.chain(pe.ntk(strength=pe.dype(scale=2.0, exponent=2.0)), pe.sega_magnitude(alpha=0.2))
     assert pe.parse("ntk(strength=dype(scale=2))+sega_magnitude(alpha=0.2)") == method
     assert pe.parse(" ntk( strength = dype( scale = +2 ) ) + sega_magnitude( alpha = 2e-1 ) ") == method

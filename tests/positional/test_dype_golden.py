@@ -1,4 +1,4 @@
-"""Tables and frequencies read off the published DyPE code (dype.md §14)."""
+"""Tables and frequencies read off the published code of DyPE (guyyariv/DyPE 436fe61; ComfyUI-DyPE v2.3.0)."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +71,7 @@ def test_qwen_tables(golden, run, size, x64):
     text = ids["text"][positions - int(ids["text"][0, 0])]
     assert_array_equal(text, np.stack([positions] * 3, axis=-1))
     variants = arrays["meta"]["variants"]
-    assert variants[-1] == "as_shipped"  # static by accident (dype.md §11, O2): equals sigma 1
+    assert variants[-1] == "as_shipped"  # static by accident (the table is cached without the time): equals sigma 1
     variants = [*variants[:-1], "yarn_dype_s1.0"]
     check(run, x64, grid, (text, image), arrays, size, variants, 1e-5 if x64 else 3e-5)
 
@@ -139,7 +139,7 @@ def test_frequencies(golden, run, name, x64):
 
 
 def test_fix_matters_only_at_the_inversion(golden, run):
-    """The published ramp inversion (dype.md §11, O1) is in the goldens, at the two sigmas the spec names."""
+    """The published code's inverted ramps (it caps the upper edge alone) are in the goldens at two small sigmas."""
     arrays = golden("dype_freqs")
     for row, pair in enumerate(arrays["pairs"]):
         fixed = axis_frequencies(run, True, pair, "yarn(strength=dype(scale=1))", arrays["sigmas"])[1]
@@ -192,7 +192,7 @@ def test_default_schedule(golden, run, x64):
 
 
 def test_traced_ramp_edges_equal_float64(run):
-    """Over a dense grid of noise levels no float32 ramp edge differs from float64 (dype.md §13)."""
+    """Over a dense grid of noise levels no float32 ramp edge differs from float64."""
     sigma = np.linspace(0.02, 1.0, 20_001).astype(np.float32)
     for trained in (64, 83):
         rule = pe.yarn()

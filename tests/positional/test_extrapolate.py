@@ -1,4 +1,4 @@
-"""Invariants of the frequency rules and the temperature (dype.md §3 to §7, §13), over drawn geometries."""
+"""Invariants of the frequency rules and the temperature, over drawn geometries."""
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +34,9 @@ def same(first, second):
 @given(family=FAMILY, fraction=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)), sigma=SIGMA)
 @pytest.mark.parametrize("preset", ALL)
 def test_trained_sizes_are_bit_identical_to_plain(preset, family, fraction, sigma):
-    """(1): every method, at or below the trained grid, whatever the latent (no spectrum is even read)."""
+    """Every method, at or below the trained grid, whatever the latent (no spectrum is even read)."""
     spec = SPECS[family]
-    trained = (64, 64) if family == "qwen" and "sega" in preset else spec.trained  # SEGA's is 1024 px (sega.md §1)
+    trained = (64, 64) if family == "qwen" and "sega" in preset else spec.trained  # SEGA's is 1024 px
     grid = spec.grid(*(max(1, int(f * t)) for f, t in zip(fraction, trained, strict=True)), text_tokens=3)
     ropes = pe.get(preset)(grid, pe.Signals(sigma=sigma))
     same(ropes, {"text": pe.plain(grid), "image": pe.plain(grid)})
@@ -59,7 +59,7 @@ def test_an_axis_within_its_trained_length_stays_plain(family, height, width):
 @settings(max_examples=30, deadline=None)
 @given(family=FAMILY, height=SIDE, width=SIDE, sigma=SIGMA)
 def test_dynamic_limits(family, height, width, sigma):
-    """(2) Dy-YaRN at 1 is YaRN; (3) Dy-NTK at sqrt(1/2) is NTK; (4) all dynamic frequencies at 0 are plain."""
+    """Dy-YaRN at 1 is YaRN; Dy-NTK at sqrt(1/2) is NTK; all dynamic frequencies at 0 are plain."""
     grid = SPECS[family].grid(height, width)
     same(image("dype-yarn", grid, 1.0), image("yarn", grid, sigma))
     for dynamic, static in (("dype-ntk", "ntk"), ("dype-pi", "pi")):
@@ -73,7 +73,7 @@ def test_dynamic_limits(family, height, width, sigma):
 @settings(max_examples=20, deadline=None)
 @given(family=FAMILY, height=SIDE, width=SIDE)
 def test_monotone_in_sigma_and_fastest_pair_untouched(family, height, width):
-    """(5) pair 0 is as trained for NTK and YaRN; (8) no frequency falls as sigma falls."""
+    """Pair 0 is as trained for NTK and YaRN; no frequency falls as sigma falls."""
     grid = SPECS[family].grid(height, width)
     sigma = jnp.linspace(1.0, 0.0, 60)
     for preset in ("dype-pi", "dype-ntk", "dype-yarn"):
@@ -88,7 +88,7 @@ def test_monotone_in_sigma_and_fastest_pair_untouched(family, height, width):
 @settings(max_examples=20, deadline=None)
 @given(family=FAMILY, height=SIDE, width=SIDE, sigma=SIGMA, preset=st.sampled_from(["pi", "dype-ntk", "dype-yarn"]))
 def test_axes_swap_with_the_sides(family, height, width, sigma, preset):
-    """(7), as rows and columns have equal widths and trained lengths here."""
+    """As rows and columns have equal widths and trained lengths here."""
     rope = image(preset, SPECS[family].grid(height, width), sigma)
     turned = image(preset, SPECS[family].grid(width, height), sigma)
     assert_array_equal(rope.frequencies[1], turned.frequencies[2])
@@ -96,7 +96,7 @@ def test_axes_swap_with_the_sides(family, height, width, sigma, preset):
 
 
 def test_logits_depend_on_displacement_only():
-    """(6) within an axis, magnitudes included."""
+    """Within an axis, magnitudes included."""
     grid = SPECS["nano"].grid(40, 24)
     rope = image("dype-yarn", grid, 0.6)
     q, k = jax.random.normal(jax.random.key(0), (2, 32))
@@ -110,7 +110,7 @@ def test_logits_depend_on_displacement_only():
 
 @pytest.mark.parametrize("s", [1.1875, 1.5, 2, 3, 4])
 def test_check_values(s):
-    """Bases and temperatures printed in dype.md §5, read back from the slowest pair and the magnitude."""
+    """Temperatures 1 + 0.1 ln s and bases theta s^(kappa d / (d - 2)), worked by hand and read back from the rope."""
     printed = {
         1.1875: (1.017185, 11950.82, 14282.22, 11369.11),
         1.5: (1.040547, 15226.96, 23186.03, 13535.72),
@@ -171,7 +171,7 @@ def test_trained_size_override():
 
 @pytest.mark.parametrize("family", ["flux", "qwen"])
 def test_text(family):
-    """Text shares the image's rope on FLUX, and stays as trained on Qwen-Image unless asked (dype.md §2, §3.4)."""
+    """Text shares the image's rope on FLUX, and stays as trained on Qwen-Image unless asked."""
     grid = SPECS[family].grid(100, 200, 4)
     for preset in ("pi", "ntk", "yarn", "dype-yarn"):
         ropes = pe.get(preset)(grid, pe.Signals(sigma=0.8))

@@ -1,4 +1,4 @@
-"""Analytic vectors and invariances of SEGA (sega.md §13.1) and of the spectrum it reads."""
+"""Analytic vectors and invariances of SEGA (arXiv 2605.22668) and of the spectrum it reads."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""SEGA against float64 values of an independent implementation (sega.md §13.2)."""
+"""SEGA against float64 values of an independent implementation of its release."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Mixed-resolution sampling against crpa.md §15 (T2, T12-T17), and against the plain pipelines on nano."""
+"""Mixed-resolution sampling against its algebra worked by hand, and against the plain pipelines on nano."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,7 +53,7 @@ def pixels(mask):
 # -- noise -------------------------------------------------------------------------------------------------------
 
 
-def test_noise_of_all_levels_is_white_and_shared():  # T13
+def test_noise_of_all_levels_is_white_and_shared():
     fields = noises(normal(1, 1024, 1024, 4), 3)
     for level, name in enumerate(("level0", "level1", "level2")):
         assert float(fields[name].std()) == pytest.approx(1, abs=0.005)
@@ -64,7 +64,7 @@ def test_noise_of_all_levels_is_white_and_shared():  # T13
     assert float(sparse.std()) == pytest.approx(2, abs=0.02)  # why the mean is taken level by level
 
 
-def test_rewinding():  # T14
+def test_rewinding():
     assert rewind_coefficients(0.7, 2.0)[2] == pytest.approx(0.823529, abs=1e-6)
     assert rewind_coefficients(0.4, 2.0)[2] == pytest.approx(0.571429, abs=1e-6)
     for sigma, a, raised in ((0.7, 0.211779, 0.936466), (0.55, 0.254819, 0.885331)):
@@ -116,7 +116,7 @@ def block(height, width, *box):
 
 
 @pytest.mark.parametrize("sigma_next", [0.4, 0.0])
-def test_exchange_of_a_constant_picture(sigma_next):  # T12
+def test_exchange_of_a_constant_picture(sigma_next):
     refined = (jnp.asarray(block(6, 6, 1, 1, 5, 5)),)
     fields = noises(normal(1, 24, 24, 2), 2)
     constant, sigma = 0.7, jnp.float32(0.5)
@@ -175,7 +175,7 @@ MASKS = {
 
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize(("coarse", "fine"), [(0.7, 0.2), (0.9, 0.0), (1.0, 0.3)])
-def test_every_step_follows_the_path_to_the_target(masks, coarse, fine):  # T16
+def test_every_step_follows_the_path_to_the_target(masks, coarse, fine):
     refined = MASKS[masks]
     levels = len(refined) + 1
     small = normal(1, 32 >> (levels - 1), 32 >> (levels - 1), 2, seed=7)  # constant in the coarsest latent pixels
@@ -270,7 +270,7 @@ def test_options_print_as_they_are_read():
 
 
 def test_cost_of_published_sizes():
-    """crpa.md §4.1: FLUX at 1024^2, 512 text tokens."""
+    """FLUX at 1024^2, 512 text tokens, by hand: (text + fine) x all keys + coarse x (text + cells), over dense."""
     grid = FluxConfig.dev().rope_spec().grid(64, 64, 512)
     for share, cells, pairs, tokens in ((0.3, 307, 0.253, 0.533), (0.45, 461, 0.365, 0.633), (0.6, 614, 0.502, 0.733)):
         layout = Crpa(pad_fine=0, pad_coarse=0).expected(parse_regions(f"auto:{share}"), grid)
@@ -341,7 +341,7 @@ def test_nothing_refined_is_the_plain_pipeline_at_half_size(pipe):  # K = 0
     np.testing.assert_allclose(np.asarray(sampler.latents(state)), np.asarray(bicubic(low.latents)), atol=1e-5)
 
 
-def test_one_compilation_per_stage_for_regions_of_one_budget(pipe):  # T17
+def test_one_compilation_per_stage_for_regions_of_one_budget(pipe):
     before = predict._cache_size()
     first = made(pipe, layout="crpa(fine=0.6)", regions="box:0,0,64,64", width=160)
     assert predict._cache_size() == before + 3

@@ -1,4 +1,4 @@
-"""The ladder: its steps with oracle denoisers (T18), a random two-block model (T20), requests, and nano end to end."""
+"""The ladder: its steps with oracle denoisers, a random two-block model, requests, and nano end to end."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -70,13 +70,13 @@ def climb(reference, clean, sigmas, gammas, seed=0):
     return np.asarray(ladder.latents(state))
 
 
-def test_the_true_noise_leads_back_to_the_reference():  # T18
+def test_the_true_noise_leads_back_to_the_reference():
     gammas = ops.gamma_of_flow(FLUX_SIGMAS)
     np.testing.assert_allclose(climb(0.7, 0.7, FLUX_SIGMAS, gammas), 0.7, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_an_oracle_ends_at_its_own_clean_latent_moved_by_the_last_gamma(seed):  # T18
+def test_an_oracle_ends_at_its_own_clean_latent_moved_by_the_last_gamma(seed):
     flow = climb(1.0, 0.0, FLUX_SIGMAS, ops.gamma_of_flow(FLUX_SIGMAS), seed)
     np.testing.assert_allclose(flow, 0.0982080, atol=2e-6)
     vanishing = np.full(len(FLUX_SIGMAS) - 1, 0.0031279, np.float32)
@@ -99,7 +99,7 @@ def test_references():
     np.testing.assert_allclose(made("mixed"), np.asarray(expected), atol=1e-6)
 
 
-# -- counts (T19) ------------------------------------------------------------------------------------------------
+# -- counts ------------------------------------------------------------------------------------------------------
 
 
 def formula(s, side, text, width, jitter=False):
@@ -124,7 +124,7 @@ def test_flux_at_4096():
     assert [len(window_starts(64 * s, 64)) ** 2 for s in (2, 4)] == [9, 49]
 
 
-# -- a random two-block model (T20) ------------------------------------------------------------------------------
+# -- a random two-block model ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

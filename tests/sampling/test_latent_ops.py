@@ -1,4 +1,4 @@
-"""Latent operators against the numbers of scalediff.md §9 (T11-T17) and jax.image."""
+"""Latent operators of ScaleDiff (arXiv 2510.25818) against fractions worked by hand and jax.image."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def constant(value, side=8):
     return jnp.full((1, side, side, 1), value, jnp.float32)
 
 
-def test_reduction_and_enlargement_tables():  # T11
+def test_reduction_and_enlargement_tables():
     one = np.array([9, 11, 13, 15, 15, 13, 11, 9])
     np.testing.assert_allclose(ops.triangle_matrix(8, 1), one[None] / 96, atol=1e-12)
     two = np.array([5, 7, 7, 5, 3, 1, 0, 0]) / 28
@@ -30,7 +30,7 @@ def test_reduction_and_enlargement_tables():  # T11
     np.testing.assert_allclose(ops.linear_matrix(2, 8), np.stack([up, 1 - up], 1), atol=1e-12)
 
 
-def test_lowpass_table():  # T11
+def test_lowpass_table():
     low = ops.lowpass_matrix(8, RHO)
     row = [0.111607, 0.156250, 0.169643, 0.151786, 0.133929, 0.116071, 0.093750, 0.066964]
     np.testing.assert_allclose(low[3], row, atol=1e-6)
@@ -49,7 +49,7 @@ def test_lowpass_is_two_resizes(height, width, ratio):
     np.testing.assert_allclose(np.asarray(ops.lowpass(x, ratio)), np.asarray(expected), atol=3e-6)
 
 
-def test_bands_are_a_partition():  # T12
+def test_bands_are_a_partition():
     x = noise(1, 8, 8, 2)
     low = ops.lowpass(x, RHO)
     np.testing.assert_allclose(np.asarray(low + (x - low)), np.asarray(x), atol=1e-6)
@@ -57,7 +57,7 @@ def test_bands_are_a_partition():  # T12
     np.testing.assert_allclose(np.asarray(ops.lowpass(x, 1.0)), np.asarray(x), atol=1e-6)
 
 
-def test_mixing_identities():  # T13
+def test_mixing_identities():
     x, y = noise(1, 8, 8, 2), noise(1, 8, 8, 2, seed=1)
     np.testing.assert_allclose(np.asarray(ops.mix(x, x, RHO)), np.asarray(x), atol=1e-6)
     np.testing.assert_allclose(
@@ -70,7 +70,7 @@ def test_mixing_identities():  # T13
     )
 
 
-def test_bicubic_table():  # T14
+def test_bicubic_table():
     rows = np.array([[283, -27, 0, 0], [198, 67, -9, 0], [58, 225, -27, 0], [-27, 225, 67, -9]]) / 256
     table = np.concatenate([rows, rows[::-1, ::-1]])
     np.testing.assert_allclose(ops.bicubic_matrix(4, 8), table, atol=1e-12)
@@ -81,7 +81,7 @@ def test_bicubic_table():  # T14
     np.testing.assert_allclose(np.asarray(ops.bicubic(constant(0.3), 20, 13)), 0.3, rtol=1e-6)
 
 
-def test_structure_guidance():  # T15
+def test_structure_guidance():
     clean, reference = noise(1, 8, 8, 2), noise(1, 8, 8, 2, seed=1)
     low = ops.lowpass(reference, RHO)
     np.testing.assert_array_equal(np.asarray(ops.guide(clean, low, 0.0, RHO)), np.asarray(clean))
@@ -101,7 +101,7 @@ def step(x, output, sigma, sigma_next, gamma, reference):
     return float(clean[0, 0, 0, 0]), float(after[0, 0, 0, 0])
 
 
-def test_one_euler_step_for_both_families():  # T16
+def test_one_euler_step_for_both_families():
     assert step(1, 0.4, 0.8, 0.6, 0, 0) == pytest.approx((0.68, 0.92), abs=1e-6)
     assert step(1, 0.4, 0.8, 0.6, 0.8, 0.5) == pytest.approx((0.536, 0.884), abs=1e-6)
     assert step(1, 0.4, 1.0939147, 1.0239253, 0, 0) == pytest.approx((0.5624341, 0.9720042), abs=1e-6)
@@ -120,7 +120,7 @@ def numbers(text):
     return np.array(text.split(), float)
 
 
-def test_gamma_schedules():  # T17
+def test_gamma_schedules():
     np.testing.assert_allclose(ops.gamma_of_diffusion(numbers(SDXL)), numbers(SDXL_GAMMA), atol=3e-5)
     sigmas = Schedule().sigmas(30, 4096)[12:]
     np.testing.assert_allclose(sigmas, numbers(FLUX), atol=1e-5)

@@ -81,10 +81,10 @@ def run(module: Flux, layout: ScaleDiT, sigma: float = 0.5, low_seed: int = 9) -
     return np.asarray(v.advance(params, latents(16, 0), sigma, conditioning(), content=content)[0])
 
 
-# -- the small stream (§17.8) --------------------------------------------------------------------------------------
+# -- the small stream ----------------------------------------------------------------------------------------------
 
 
-def test_one_window_without_the_small_stream_is_dense(model):  # b, c
+def test_one_window_without_the_small_stream_is_dense(model):
     params, dense = velocity(model, Dense())
     expected = dense(params, latents(16, 0), 0.5, conditioning())
     np.testing.assert_allclose(
@@ -93,7 +93,7 @@ def test_one_window_without_the_small_stream_is_dense(model):  # b, c
 
 
 @pytest.mark.parametrize("adapt", ["low", "flux1"])
-def test_zero_adapters_change_no_bit(model, adapt):  # f
+def test_zero_adapters_change_no_bit(model, adapt):
     graph, params = nnx.split(model)
     fresh = A.attach(nnx.merge(graph, params), A.create(model, 2, jax.random.key(3)))
     np.testing.assert_array_equal(run(fresh, ScaleDiT(adapt=adapt)), run(model, ScaleDiT(adapt=adapt)))
@@ -119,7 +119,7 @@ def cache(module: Flux, sigma: float, mask_of: ScaleDiT):
     )["low"]
 
 
-def test_kernel_mask_leaves_the_small_stream_alone_and_the_paper_mask_does_not(changed):  # d, e
+def test_kernel_mask_leaves_the_small_stream_alone_and_the_paper_mask_does_not(changed):
     early, late = (cache(changed, sigma, ScaleDiT()) for sigma in (0.9, 0.2))
     for a, b in zip(jax.tree.leaves(early), jax.tree.leaves(late), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -128,7 +128,7 @@ def test_kernel_mask_leaves_the_small_stream_alone_and_the_paper_mask_does_not(c
 
 
 @pytest.mark.parametrize("negative", [False, True])
-def test_cached_equals_recomputed(changed, negative):  # d
+def test_cached_equals_recomputed(changed, negative):
     asked = conditioning()
     if negative:
         other = conditioning(5)
@@ -145,7 +145,7 @@ def test_cached_equals_recomputed(changed, negative):  # d
     np.testing.assert_allclose(given, along, atol=2e-5)
 
 
-def test_text_never_reads_the_small_stream(changed):  # i
+def test_text_never_reads_the_small_stream(changed):
     grid = SPEC.grid(8, 8, TEXT)
     layout = ScaleDiT()
     calls = layout.calls(grid)
@@ -159,7 +159,7 @@ def test_text_never_reads_the_small_stream(changed):  # i
 # -- schedule and arithmetic ---------------------------------------------------------------------------------------
 
 
-def test_published_sigmas():  # §17.6
+def test_published_sigmas():  # the released schedule, 3 t / (1 + 2 t), by hand
     schedule = Schedule(dynamic=True)
     last = schedule.sigmas(28, 65_536, float(np.log(3)))[Guided().first(28) :]
     published = """.84375 .822581 .8 .775862 .75 .722222 .692308 .66 .625 .586957 .545455 .5 .45 .394737 .333333 .264706
@@ -173,7 +173,7 @@ def test_published_sigmas():  # §17.6
     )
 
 
-def test_frequencies_of_the_released_base():  # §17.6
+def test_frequencies_of_the_released_base():  # 100,000, by hand
     grid = RopeSpec().grid(4, 4)
     rope = pe.get("rebase(factor=10.0)")(grid, pe.Signals(sigma=jnp.float32(0.5)))["image"]
     np.testing.assert_allclose(rope.frequencies[0][jnp.array([0, 1, 7])], [1, 0.237137, 4.21697e-5], rtol=2e-6)
