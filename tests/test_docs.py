@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sega_jax import positional as pe
 from sega_jax.attention import kernels
@@ -63,6 +64,25 @@ def test_the_page_on_attention_lists_every_kernel_and_its_code_runs(capsys):
     exec(compile(block, "attention.md", "exec"), {})
     told = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in told][: len(listed)] == listed
+
+
+def test_the_code_of_the_page_on_generating_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "generate.md").read_text(), re.DOTALL)
+    exec(compile(block, "generate.md", "exec"), {})
+
+
+def test_the_commands_of_the_page_on_generating_are_understood(tmp_path, monkeypatch, capsys):
+    """Planned, with pictures of those names there."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photo.jpg", "mask.png"):
+        Image.new("RGB", (64, 64), (255, 255, 255)).save(name)
+    Path("prompts.txt").write_text("a red circle\na blue square\n")
+    block = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "generate.md").read_text(), re.DOTALL)[0]
+    for line in block.splitlines():
+        command, *words = shlex.split(line, comments=True)
+        assert command == "sega-jax"
+        assert main([*words, "--dry-run"]) == 0, capsys.readouterr().err
 
 
 def test_readme_has_exactly_two_set_up_commands():

@@ -72,18 +72,25 @@ def _parse(argv: Sequence[str]):
     if list(argv) == ["--version"]:
         print(sega_jax.__version__)
         raise SystemExit(0)
+    from sega_jax.cli.grouping import Grouped, grouped
+    from sega_jax.cli.spelling import understood
+
     known = {verb: getattr(importlib.import_module(f"sega_jax.cli.{verb}"), cls) for verb, cls in _VERBS.items()}
+    argv = [argv[0], *understood(argv[1:])] if argv and argv[0] == "generate" else list(argv)
+    if argv and argv[0] == "generate":  # the one verb with so many options that they need groups
+        known["generate"] = grouped(known["generate"], importlib.import_module("sega_jax.cli.generate").GROUPS)
     verbs = Union[tuple(Annotated[cls, tyro.conf.subcommand(verb)] for verb, cls in known.items())]  # noqa: UP007
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            parsed = tyro.cli(
                 verbs,
                 args=list(argv),
                 prog="sega-jax",
                 description="Text to image far beyond the trained size.  `sega-jax VERB --help` lists its options.",
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
             )
+            return parsed.flat() if isinstance(parsed, Grouped) else parsed
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise

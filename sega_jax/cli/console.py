@@ -8,13 +8,29 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 LOUD_AFTER = 2.0  # seconds after which a phase says that it is going on
+WARNING = "warning: "  # how a line begins that `quieted` lets through
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+@contextlib.contextmanager
+def quieted(quiet: bool) -> Iterator[None]:
+    """Within the block, nothing but warnings is said and no progress shown, if ``quiet``."""
+    token = _quiet.set(quiet)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
 
 
 def say(text: str) -> None:
     """A line on standard error, above a progress bar if there is one."""
     from tqdm import tqdm
+
+    if _quiet.get() and not text.startswith(WARNING):
+        return
 
     with tqdm.external_write_mode(file=sys.stderr):
         print(f"sega-jax: {text}", file=sys.stderr, flush=True)
@@ -31,7 +47,7 @@ class _Handler(logging.Handler):
         text = record.getMessage()
         if text not in self._seen:
             self._seen.add(text)
-            say(f"warning: {text}" if record.levelno >= logging.WARNING else text)
+            say(f"{WARNING}{text}" if record.levelno >= logging.WARNING else text)
 
 
 @contextlib.contextmanager
@@ -55,6 +71,7 @@ class Phase:
 
     def __init__(self, text: str):
         self._text = text
+        self._quiet = _quiet.get()  # timers have a context of their own
         self._begun = time.perf_counter()
         self._loud = False
         self._timer = threading.Timer(LOUD_AFTER, self._announce)
@@ -62,8 +79,9 @@ class Phase:
         self._timer.start()
 
     def _announce(self) -> None:
-        self._loud = True
-        say(f"{self._text} …")
+        self._loud = not self._quiet
+        if self._loud:
+            say(f"{self._text} …")
 
     def end(self) -> None:
         """The phase is over; more than one call does no harm."""
@@ -92,6 +110,7 @@ def progress_bar(total: int, label: str, done: int = 0):
         desc=label,
         unit="step",
         file=sys.stderr,
+        disable=_quiet.get(),
         leave=True,
         mininterval=0.1 if interactive else 10.0,
         dynamic_ncols=interactive,

@@ -48,6 +48,7 @@ class Decode(ModelOptions):
         from sega_jax.families.registry import load_vae
         from sega_jax.media.images import Image, check_saveable
         from sega_jax.media.latents import load_latents
+        from sega_jax.media.photos import cut_as_recorded
         from sega_jax.pipeline.pipeline import default_dtype
         from sega_jax.runtime.cache import use_compilation_cache
 
@@ -72,10 +73,11 @@ class Decode(ModelOptions):
         for path in paths:
             height, width = (side * config.factor for side in latents.shape[1:3])
             check_saveable(path, width, height, record)
+        outputs.make_folders(paths)
         for path, one in zip(paths, latents, strict=True):
             with Phase(f"decoding {path}"):
                 pixels = decode_with(vae, config, one[None], dtype=dtype, mode=mode)
-                Image(pixels[0], record).save(path)
+                Image(cut_as_recorded(pixels[0], record), record).save(path)
         return {"images": [{"path": str(path), "record": record} for path in paths]}
 
     def show(self, result: dict) -> str:

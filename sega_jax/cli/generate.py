@@ -10,10 +10,24 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from converters.errors import CheckpointError
-from sega_jax.cli.console import Phase, say
+from sega_jax.cli.console import Phase, quieted, say
 from sega_jax.cli.generation.records import import_typed, refuse_code
-from sega_jax.cli.options import ModelOptions, commit_of, option, shell
+from sega_jax.cli.options import ModelOptions, option, shell
 
+GROUPS = {
+    "picture": (
+        "prompt", "prompts", "from_image", "negative_prompt", "size", "width", "height", "steps", "guidance",
+        "true_guidance", "seed", "num_images",
+    ),
+    "method": ("positional", "layout", "regions", "ladder", "mu", "trust_code"),
+    "start": ("init_image", "fit", "mask", "strength", "init_latents", "embeddings"),
+    "model": (
+        "model", "revision", "cache_dir", "local_files_only", "transformer", "lora", "dtype", "weights",
+    ),
+    "devices": ("batch_size", "mesh", "context", "residency", "vae"),
+    "files": ("out", "save_latents", "checkpoint_every", "resume", "overwrite"),
+    "output": ("dry_run", "json", "preview", "preview_every", "quiet"),
+}  # fmt: skip
 DEFAULT_EVERY = 10  # steps between saves with --resume alone
 
 
@@ -26,16 +40,21 @@ class Generate(ModelOptions):
 
     prompt: Annotated[tyro.conf.Positional[str | None], option("[PROMPT]")] = None
     """What the picture shows."""
-    prompts: Annotated[Path | None, option("FILE.jsonl")] = None
-    """One JSON object per line, with any of the keys prompt, negative_prompt, size, positional, layout, regions, steps,
-    guidance, true_guidance, seed, num_images, mu, init_image, strength, ladder, init_latents, embeddings, vae, out,
-    save_latents; each replaces the option of that name for its row."""
+    prompts: Annotated[Path | None, option("FILE|-")] = None
+    """A prompt per line, or one JSON object per line (FILE.jsonl); - is standard input.  Keys of the objects: prompt,
+    negative_prompt, size, width, height, positional, layout, regions, steps, guidance, true_guidance, seed,
+    num_images, mu, init_image, fit, mask, strength, ladder, init_latents, embeddings, vae, out, save_latents; each
+    replaces the option of that name for its row."""
     from_image: Annotated[Path | None, option("IMAGE")] = None
     """Repeat this picture from its record; options that are given replace the record's."""
     negative_prompt: Annotated[str | None, option("TEXT", "none")] = None
     """What to steer away from; two model rows per picture (true classifier-free guidance)."""
     size: Annotated[str | None, option("PX|WIDTHxHEIGHT", "the trained size")] = None
     """Pixels: a side, or width x height in this order (2048x1024 is a wide picture)."""
+    width: Annotated[int | None, option("PX")] = None
+    """Instead of --size, one side; the other follows from the photo's shape, or is the trained one."""
+    height: Annotated[int | None, option("PX")] = None
+    """See --width."""
     positional: Annotated[
         str | None, option("METHOD", "auto: plain up to the trained size; YaRN above, PI for nano")
     ] = None
@@ -58,8 +77,9 @@ class Generate(ModelOptions):
     """Distilled guidance, for models that take it (FLUX.1-dev)."""
     true_guidance: Annotated[float | None, option("SCALE", "by model")] = None
     """Scale of classifier-free guidance; with --negative-prompt."""
-    seed: Annotated[int | None, option("N", "0")] = None
-    """Seed of the noise; image i of a prompt uses the seed's key folded with i."""
+    seed: Annotated[int | Literal["random"] | None, option("N|random", "0")] = None
+    """Seed of the noise, up to 64 bits; image i of a prompt uses the seed's key folded with i.  random (or -1) draws
+    one, which the picture's record states."""
     num_images: Annotated[int | None, option("N", "1")] = None
     """Pictures per prompt."""
     batch_size: Annotated[int | None, option("N", "1")] = None
@@ -89,7 +109,12 @@ class Generate(ModelOptions):
     """Precomputed text [rows, tokens, width] and pooled [rows, width], one row per prompt, instead of the text
     encoders' (and negative_text, negative_pooled)."""
     init_image: Annotated[Path | None, option("IMAGE")] = None
-    """Start from this picture instead of noise."""
+    """Start from this picture instead of noise; the size is its own unless --size says otherwise."""
+    fit: Annotated[Literal["crop", "pad", "stretch"] | None, option("HOW", "none: shapes must agree")] = None
+    """Brings --init-image to a --size of another shape: crop (what stands over), pad (black bars) or stretch.  crop
+    also takes sizes that are no whole tokens, such as 1920x1080: the next larger one is made and the picture cut."""
+    mask: Annotated[Path | None, option("IMAGE")] = None
+    """Inpainting: white where --init-image may change; all else stays as it is, pixel by pixel."""
     strength: Annotated[float | None, option("SHARE", "0.6 with --init-image")] = None
     """Share of the steps to run from --init-image, above 0 and at most 1."""
     init_latents: Annotated[Path | None, option("FILE.safetensors")] = None
@@ -116,6 +141,12 @@ class Generate(ModelOptions):
     """Print the plan; loads no weights."""
     json: Annotated[bool, option("", "off")] = False
     """Result as JSON on standard output."""
+    preview: Annotated[Path | None, option("FILE")] = None
+    """Show what is coming: a small picture of the clean estimate, written anew every --preview-every steps."""
+    preview_every: Annotated[int | None, option("N", "1 with --preview")] = None
+    """Steps between previews."""
+    quiet: Annotated[bool, option("", "off")] = False
+    """Neither progress nor messages; warnings and errors remain."""
 
     # -- API -----------------------------------------------------------------------------------------------------
 
@@ -134,13 +165,14 @@ class Generate(ModelOptions):
 
         J.forget()
         preflight.forget()
-        record = self._source_record()
-        requests = self._requests(record)
-        size = self.batch_size or (record or {}).get("batch_size") or 1
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"batch_size={size}: expected a positive whole number")
-        fill = record is not None and self.batch_size is None and self.num_images is None
-        return self._serve(requests, record or {}, size, fill)
+        with quieted(self.quiet):
+            record = self._source_record()
+            requests = self._requests(record)
+            size = self.batch_size or (record or {}).get("batch_size") or 1
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"batch_size={size}: expected a positive whole number")
+            fill = record is not None and self.batch_size is None and self.num_images is None
+            return self._serve(requests, record or {}, size, fill)
 
     def show(self, result: dict) -> str:
         """The result for people."""
@@ -173,8 +205,10 @@ class Generate(ModelOptions):
             raise ValueError(f"transformer={str(self.transformer)!r}: no such folder or file")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: expected a positive whole number")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every={self.checkpoint_every}: expected a positive whole number")
+        for name in ("checkpoint_every", "preview_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive whole number")
+        self._preview()
         if self.prompts is not None:
             if self.prompt is not None:
                 raise ValueError("a prompt and --prompts are both given; choose one")
@@ -184,11 +218,11 @@ class Generate(ModelOptions):
                 self._named_by_a_file(row, f"{self.prompts} line {line}")
             # Options that cannot be checked apart from the rows they are meant for are checked with each.
             return [
-                R.build({**given, **row}, where=f"{self.prompts} line {line}", row=number)
+                R.build(R.merged(given, row), where=f"{self.prompts} line {line}", row=number, own=frozenset(row))
                 for number, (line, row) in enumerate(rows)
             ]
         if record is not None:
-            base = R.from_record(record, str(self.from_image))
+            base = R.from_record(record, str(self.from_image), given)
             import_typed(given)
             # What is typed replaces what the file says, so that it need not be looked at.
             self._named_by_a_file({k: v for k, v in base.items() if k not in given}, str(self.from_image))
@@ -197,11 +231,13 @@ class Generate(ModelOptions):
             index = record["image_index"]
             if not isinstance(index, int) or isinstance(index, bool) or index < 0:
                 raise ValueError(f"{self.from_image}: image_index={index!r} in its record")
-            if "init_latents" in given or "init_image" in given:  # one replaces the other
-                base = {k: v for k, v in base.items() if k not in ("init_latents", "init_image", "strength")}
+            if "init_latents" in given:  # one replaces the other
+                base = {k: v for k, v in base.items() if k not in ("init_image", "strength")}
+            if "init_image" in given:
+                base.pop("init_latents", None)
             base.setdefault("out", f"{self.from_image.stem}-repeat{self.from_image.suffix}")
             indices = None if self.num_images is not None else (index,)
-            return [R.build({**base, **given}, indices=indices)]
+            return [R.build(R.merged(base, given), indices=indices)]
         import_typed(given)
         return [R.build(given)]
 
@@ -226,6 +262,7 @@ class Generate(ModelOptions):
             raise
 
     def _serve(self, requests: list, record: dict, size: int, fill: bool) -> dict:
+        from sega_jax.cli import outputs
         from sega_jax.cli.generation import jobs as J
         from sega_jax.cli.generation import preflight, show
         from sega_jax.cli.generation.engine import checkpoint_of
@@ -233,6 +270,8 @@ class Generate(ModelOptions):
         from sega_jax.models.adapters import guidance_settings
         from sega_jax.models.quantized import check_weights
         from sega_jax.pipeline.pipeline import default_dtype, versions
+        from sega_jax.pipeline.records import model_fields
+        from sega_jax.weights.hub import commit_of
         from sega_jax.weights.loras import lora_specs
 
         model = self.model or record.get("model") or "nano"
@@ -250,15 +289,15 @@ class Generate(ModelOptions):
             folder = self._resolve(model, hub, own, weights=False)
         outline = family_of(folder).outline(folder, other)
         commit = commit_of(model, folder)
-        run = {
-            "dtype": self.dtype or record.get("dtype") or default_dtype(),
-            "backend": record.get("backend") or "auto",
-            "model": model,
-            "revision": commit,
-            "transformer": None if transformer is None else str(transformer),
-            **({"weights": weights} if weights != "full" else {}),
-            **({"loras": [lora.record() for lora in loras]} if loras else {}),
-        }
+        run = model_fields(
+            model=model,
+            revision=commit,
+            transformer=None if transformer is None else str(transformer),
+            dtype=self.dtype or record.get("dtype") or default_dtype(),
+            backend=record.get("backend") or "auto",
+            weights=weights,
+            loras=loras,
+        )
         guiding = _guidance_lora([request.layout for request in requests], loras)
         settings = None if guiding is None else guidance_settings(Path(guiding.file).expanduser())
         preflight.check_count(requests)
@@ -281,6 +320,7 @@ class Generate(ModelOptions):
         if self.dry_run:
             return {"plans": [show.plan_entry(job, outline) for job in jobs], "classes": classes, **run}
         show.report(jobs)
+        outputs.make_folders([path for job in jobs for path in (job.out, job.latents)])
         timings: dict[str, float] = {}
         if batches:
             from sega_jax.cli.generation.engine import Engine
@@ -312,7 +352,7 @@ class Generate(ModelOptions):
             if compiling is not None and not compiling.done():
                 with Phase("compiling, cached for the next time"):
                     compiling.result()
-            engine = Engine(pipe, len(new), every, self.resume)
+            engine = Engine(pipe, len(new), every, self.resume, self._preview())
             try:
                 for batch in batches:
                     engine.run(batch)
@@ -326,6 +366,21 @@ class Generate(ModelOptions):
                 raise
             timings = {name: round(seconds, 3) for name, seconds in engine.timings.items()}
         return {"images": [show.image_entry(job) for job in jobs], "timings": timings, "classes": classes}
+
+    def _preview(self) -> Any:
+        """What is told of every step, for --preview.
+
+        Raises:
+            ValueError: --preview-every alone, or of no steps.
+            FileExistsError: something else than a preview is there.
+        """
+        from sega_jax.cli.generation.previews import Previews
+
+        if self.preview is None:
+            if self.preview_every is not None:
+                raise ValueError(f"preview_every={self.preview_every}: only with --preview")
+            return None
+        return Previews(self.preview.expanduser(), self.preview_every or 1, self.overwrite)
 
     def _place(
         self, jobs: list, outline: Any, folder: Path, transformer: Path | None, run: dict, size: int
@@ -408,7 +463,7 @@ def _without_ladder(base: dict[str, Any], given: dict[str, Any], where: str) -> 
     """
     if "ladder" in given:
         return {name: value for name, value in base.items() if name != "size"}
-    if "size" in given:
+    if {"size", "width", "height"} & given.keys():
         return {name: value for name, value in base.items() if name != "ladder"}
     settled = [name for name in ("steps", "positional", "layout", "mu") if name in given]
     if settled:

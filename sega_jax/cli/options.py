@@ -42,8 +42,3 @@ class ModelOptions:
             "cache_dir": self.cache_dir,
             "local_files_only": self.local_files_only,
         }
-
-
-def commit_of(model: str, folder: Path) -> str | None:
-    """The commit of a model that came from the hub (its snapshot folder bears it), None for one on disk."""
-    return folder.name if folder.parent.name == "snapshots" and not Path(model).expanduser().exists() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import string
 import unicodedata
@@ -94,14 +95,23 @@ def check_distinct(paths: Sequence[Path], option: str) -> None:
 
 
 def check_folders(paths: Collection[Path]) -> None:
-    """Complains about a folder that is missing.
+    """Complains about a folder that neither is there nor can be made.
 
     Raises:
-        ValueError: naming it.
+        ValueError: naming what is in the way.
     """
     for folder in dict.fromkeys(path.parent for path in paths):
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; create it first")
+        there = next(above for above in (folder, *folder.parents) if os.path.lexists(above))
+        if not there.is_dir():
+            raise ValueError(f"{folder}: no folder can be there, {there} is none")
+        if there != folder and not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"{folder}: cannot be made, {there} is not writable")
+
+
+def make_folders(paths: Collection[Path]) -> None:
+    """Makes the folders of files that are to be written."""
+    for folder in dict.fromkeys(path.parent for path in paths):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def differences(expected: dict, found: dict, ignored: Collection[str]) -> list[str]:

@@ -36,7 +36,7 @@ def check_targets(paths: Collection[Path], *, look_only: bool = False) -> None:
     """Refuses files that could not be written, whatever lies there may be replaced.
 
     Args:
-        paths: files to be written; their folders exist.
+        paths: files to be written; folders that are missing are made later, in the nearest that is there.
         look_only: nothing is written to try, where the system has no way of trying unseen.
 
     Raises:
@@ -54,7 +54,8 @@ def check_targets(paths: Collection[Path], *, look_only: bool = False) -> None:
             raise OSError(errno.EINVAL, "is no file but a device, pipe or socket; give another name", str(path))
         if not status.st_mode & 0o222 or not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, "is read-only; give another name, or make it writable", str(path))
-    for folder in dict.fromkeys(path.parent for path in paths):
+    folders = (next((above for above in path.parents if os.path.lexists(above)), path.parent) for path in paths)
+    for folder in dict.fromkeys(folders):
         _check_folder(folder, look_only)
 
 

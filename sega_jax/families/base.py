@@ -7,7 +7,7 @@ own modules (network, key map, this package's file of its name) names it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +46,7 @@ class Outline:
         text_tokens: tokens a prompt is padded to.
         packing: latents to tokens.
         takes_guidance: whether a guidance scale was distilled into the network, as an input.
+        guidance: distilled guidance the checkpoint is published with, where it takes any.
     """
 
     family: str
@@ -56,6 +57,7 @@ class Outline:
     text_tokens: int
     packing: Packing
     takes_guidance: bool
+    guidance: float = field(default=3.5, kw_only=True)
 
     def latent_shape(self, grid: Grid) -> tuple[int, int, int]:
         """(h, w, C) of the latents of a token grid."""

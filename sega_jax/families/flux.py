@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -34,6 +35,7 @@ from sega_jax.weights.loras import LoraSpec
 SCHNELL_TEXT_TOKENS = 256  # its tokenizer allows 512, the published pipeline uses 256
 LONGEST_TEXT = 512
 NARROW_TEXT = 1024  # no published T5 is narrower; nano's is
+GUIDANCE = {"dev": 3.5, "krea-dev": 4.5}  # FLUX.1-dev's model card; the scripts of DyPE and SEGA for Krea-dev
 
 
 def _flux_config(path: Path) -> FluxConfig:
@@ -75,7 +77,24 @@ def outline_flux(folder: Path, transformer: Path | None = None) -> Outline:
         text_tokens=int(min(limit, longest)),
         packing=PACKING,
         takes_guidance=config.guidance_embeds,
+        guidance=GUIDANCE["krea-dev" if _is_krea(folder, transformer) else "dev"],
     )
+
+
+def _is_krea(folder: Path, transformer: Path | None) -> bool:
+    """Whether weights are FLUX.1-Krea-dev's, which nothing but their name tells from FLUX.1-dev's.
+
+    The name is that of the folder, of the hub's repository, or what the configuration says it was loaded from.
+    """
+    where = folder if transformer is None else transformer
+    root = where.parent if where.name == "transformer" else where
+    names = [where.name, root.name]
+    if root.parent.name == "snapshots":  # of the hub: models--OWNER--NAME/snapshots/COMMIT
+        names.append(root.parent.parent.name)
+    for file in (where / "model_index.json", where / "config.json", where / "transformer" / "config.json"):
+        if file.is_file():
+            names.append(str(read_json(file).get("_name_or_path", "")))
+    return any(re.search(r"krea[-_ ]?dev", name, re.IGNORECASE) for name in names)
 
 
 def network(outline: Outline, weights: Weights = "full") -> Callable[..., Flux]:
@@ -125,15 +144,16 @@ def load_flux(
     )
 
 
-def _flux(config: FluxConfig, schedule: Schedule, text_tokens: int) -> Outline:
+def _flux(config: FluxConfig, schedule: Schedule, text_tokens: int, variant: str = "dev") -> Outline:
     vae = VaeConfig.flux()
     rope = config.rope_spec((64, 64), PACKING.patch * vae.factor)
-    return Outline("flux", config, vae, schedule, rope, text_tokens, PACKING, config.guidance_embeds)
+    guidance = GUIDANCE[variant]
+    return Outline("flux", config, vae, schedule, rope, text_tokens, PACKING, config.guidance_embeds, guidance=guidance)
 
 
 PRESETS = {  # with the sizes published in their configurations
     "flux-dev": lambda: _flux(FluxConfig.dev(), Schedule(), 512),
-    "flux-krea-dev": lambda: _flux(FluxConfig.krea_dev(), Schedule(), 512),
+    "flux-krea-dev": lambda: _flux(FluxConfig.krea_dev(), Schedule(), 512, "krea-dev"),
     "flux-schnell": lambda: _flux(FluxConfig.schnell(), Schedule(dynamic=False, shift=1.0), 256),
 }
 
@@ -220,6 +240,7 @@ def recipe(outline: Outline, grid: Grid) -> Recipe:
         guidance_embeds=outline.takes_guidance,
         dynamic_shift=outline.schedule.dynamic,
         text_width=outline.transformer_config.text_dim,
+        guidance=outline.guidance,
     )
 
 

@@ -34,7 +34,7 @@ class Recipe:
     source: str
 
 
-def recipe(grid: Grid, *, guidance_embeds: bool, dynamic_shift: bool, text_width: int) -> Recipe:
+def recipe(grid: Grid, *, guidance_embeds: bool, dynamic_shift: bool, text_width: int, guidance: float = 3.5) -> Recipe:
     """Defaults for a grid of a FLUX.1 checkpoint.
 
     Args:
@@ -42,6 +42,7 @@ def recipe(grid: Grid, *, guidance_embeds: bool, dynamic_shift: bool, text_width
         guidance_embeds: whether the checkpoint takes distilled guidance (dev) or not.
         dynamic_shift: whether its schedule shifts with size (not schnell).
         text_width: width of the text stream; tells the demo model from FLUX.1.
+        guidance: distilled guidance the checkpoint is published with.
     """
     beyond, nano = max(grid.stretch) > 1, text_width < 1024
     positional, size = "none", "at or below the trained grid: plain RoPE"
@@ -50,7 +51,8 @@ def recipe(grid: Grid, *, guidance_embeds: bool, dynamic_shift: bool, text_width
     elif beyond:
         positional, size = AUTO_ABOVE_NATIVE, "beyond the trained grid: YaRN, as in DyPE's code (arXiv 2510.20766)"
     if guidance_embeds:
-        return Recipe(positional, "clamp", 28, 3.5, 3.5, f"FLUX.1-dev model card (28 steps, guidance 3.5); {size}")
+        card = "FLUX.1-dev model card" if guidance == 3.5 else "scripts of DyPE and SEGA for FLUX.1-Krea-dev"
+        return Recipe(positional, "clamp", 28, guidance, 3.5, f"{card} (28 steps, guidance {guidance:g}); {size}")
     if not dynamic_shift:
         return Recipe(positional, "clamp", 4, None, 3.5, f"FLUX.1-schnell model card (4 steps); {size}")
     if nano:

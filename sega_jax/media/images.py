@@ -205,7 +205,7 @@ def _exif_options(form: str, text: str) -> dict:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[pillow.Image]:
+def open_image(path: str | os.PathLike[str]) -> Iterator[pillow.Image]:
     """An image file opened by Pillow (header only), its errors in our words."""
     path = Path(path)
     with warnings.catch_warnings():
@@ -236,7 +236,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict:
         ValueError: not an image, or no sega_jax metadata in it (many web sites and editors strip it).
         FileNotFoundError: no such file.
     """
-    with _opened(path) as image:
+    with open_image(path) as image:
         text = image.info.get(METADATA_KEY)
         if not isinstance(text, str):
             comment = image.getexif().get_ifd(_EXIF_FOLDER).get(_USER_COMMENT, b"")
@@ -256,7 +256,8 @@ def load_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
 
     Args:
         path: an 8-bit PNG, JPEG or WebP picture.
-        size: (width, height) to resize to with a Lanczos filter; default as it is.
+        size: (width, height) to resize to with a Lanczos filter, whatever its shape; default as it is
+            (`sega_jax.media.photos.photo` keeps shapes).
 
     Raises:
         ValueError: not such an image, transparent pixels, more than 8 bits per channel, more than `MOST_PIXELS`, or a
@@ -281,7 +282,7 @@ def load_mask(path: str | os.PathLike[str]) -> np.ndarray:
         ValueError: not a PNG, JPEG or WebP picture, or more than `MOST_PIXELS`.
         FileNotFoundError: no such file.
     """
-    with _opened(path) as image:
+    with open_image(path) as image:
         _check_pixels(path, image)
         return np.asarray(image.convert("L")) >= 128
 
@@ -289,16 +290,25 @@ def load_mask(path: str | os.PathLike[str]) -> np.ndarray:
 @contextlib.contextmanager
 def decoded(path: str | os.PathLike[str]) -> Iterator[pillow.Image]:
     """A picture to start from, as 8-bit RGB and upright; raises as `load_image`."""
-    with _opened(path) as image:
+    with open_image(path) as image:
         _check_pixels(path, image)
-        if image.mode not in _EIGHT_BIT:
-            raise ValueError(f"{path}: Pillow mode {image.mode!r}; expected 8 bits per channel, convert to RGB first")
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            if image.getchannel("A").getextrema()[0] < 255:
-                raise ValueError(f"{path}: has transparent pixels; put it on a background (flatten it) first")
-        yield image if image.mode == "RGB" else image.convert("RGB")
+        yield flat_rgb(image, str(path))
+
+
+def flat_rgb(image: pillow.Image, where: str) -> pillow.Image:
+    """An opened picture as 8-bit RGB and upright; grey and palettes made colours.
+
+    Raises:
+        ValueError: transparent pixels, or more than 8 bits per channel; ``where`` names the picture.
+    """
+    if image.mode not in _EIGHT_BIT:
+        raise ValueError(f"{where}: Pillow mode {image.mode!r}; expected 8 bits per channel, convert to RGB first")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            raise ValueError(f"{where}: has transparent pixels; put it on a background (flatten it) first")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_pixels(path: str | os.PathLike[str], image: pillow.Image) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,34 +20,39 @@ from sega_jax import __version__
 from sega_jax import positional as pe
 from sega_jax.attention.context.route import SCHEMES
 from sega_jax.decoding.decode import TILE, VaeMode, decode_with, encode_image
+from sega_jax.decoding.preview import LinearPreview
 from sega_jax.decoding.tiles import encode_tiled
 from sega_jax.families.base import Family, Parts
 from sega_jax.families.registry import family_named, family_of, load_parts
 from sega_jax.geometry import Grid
 from sega_jax.layouts.streams import Layout
-from sega_jax.media.images import Image, load_image
-from sega_jax.media.latents import load_latents
+from sega_jax.media.photos import Fit
 from sega_jax.models.abstract import Component
 from sega_jax.models.adapters import attach, from_lora, guidance_settings
 from sega_jax.models.quantized import Weights, check_weights
 from sega_jax.models.vae import sample_posterior
+from sega_jax.pipeline.arguments import dtype_name, per_prompt, quoted
+from sega_jax.pipeline.generation import Request
+from sega_jax.pipeline.generation import generate as run_request
 from sega_jax.pipeline.planning import Plan
 from sega_jax.pipeline.planning import plan as make_plan
-from sega_jax.pipeline.results import Clock, Progress, Result
+from sega_jax.pipeline.records import model_fields, picture_fields
+from sega_jax.pipeline.results import Progress, Result
 from sega_jax.pipeline.samplers import sampler_of
 from sega_jax.runtime.cache import use_compilation_cache
-from sega_jax.sampling.crpa import CoarseMixedFine, Crpa
+from sega_jax.sampling.crpa import Crpa
 from sega_jax.sampling.denoise import Conditioning, Velocity
+from sega_jax.sampling.keys import key_of, pinned, words
 from sega_jax.sampling.registry import get_layout
-from sega_jax.sampling.resume import Checkpoint, digest
+from sega_jax.sampling.resume import Checkpoint
 from sega_jax.sampling.rungs import Rung
-from sega_jax.sampling.sampler import Noise, Sampler, State
+from sega_jax.sampling.sampler import Noise, Sampler
 from sega_jax.sampling.scale_dit import Guided
 from sega_jax.sampling.schedule import MuPolicy
-from sega_jax.sharding.mesh import TENSOR, describe, laid, resolve_mesh, to_host
+from sega_jax.sharding.mesh import TENSOR, describe, resolve_mesh
 from sega_jax.sharding.residency import Residency, fetched, places
 from sega_jax.sharding.rules import place as place_parameters
-from sega_jax.weights.hub import resolve
+from sega_jax.weights.hub import commit_of, resolve
 from sega_jax.weights.loras import LoraSpec, lora_specs
 
 logger = logging.getLogger(__name__)
@@ -74,6 +78,8 @@ class Pipeline:
         residency: whether weights stay on the devices or wait on the host for their stage.
         guidance_lora: what the LoRA of layout scale-dit's small stream says about itself (`with_guidance_lora`).
         weights: of the transformer: in ``dtype`` (``"full"``), or its blocks' matrices in int8.
+        revision: commit of a model from the hub.
+        transformer: what took the place of the folder's transformer.
     """
 
     parts: Parts
@@ -86,13 +92,15 @@ class Pipeline:
     residency: Residency = "all"
     guidance_lora: Mapping[str, Any] | None = None
     weights: Weights = "full"
+    revision: str | None = None
+    transformer: str | None = None
 
     @classmethod
     def from_pretrained(
         cls,
         model: str | os.PathLike[str] = "nano",
         *,
-        dtype: str | None = None,
+        dtype: Any = None,
         transformer: str | os.PathLike[str] | None = None,
         backend: str = "auto",
         loras: Sequence[Any] = (),
@@ -106,8 +114,8 @@ class Pipeline:
 
         Args:
             model: a diffusers folder, a hub id, or ``"nano"`` (embedded).
-            dtype: ``"bfloat16"`` or ``"float32"`` for parameters and activations; default float32 on CPU,
-                where bfloat16 gains nothing, and bfloat16 elsewhere.
+            dtype: ``"bfloat16"`` or ``"float32"``, or a dtype such as ``jnp.bfloat16``, for parameters and activations;
+                default float32 on CPU, where bfloat16 gains nothing, and bfloat16 elsewhere.
             transformer: transformer weights to use instead of the folder's: a component folder of diffusers or Orbax,
                 or a single file of Black Forest Labs or ComfyUI.
             backend: attention kernel, or ``"auto"``.
@@ -126,9 +134,7 @@ class Pipeline:
             CheckpointError: the checkpoint cannot be used.
             ValueError: an unknown dtype or model name, or int8 without qwix.
         """
-        dtype = default_dtype() if dtype is None else dtype
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={dtype!r}: expected 'float32' or 'bfloat16'")
+        dtype = default_dtype() if dtype is None else dtype_name(dtype)
         check_weights(weights)
         use_compilation_cache()
         folder = resolve(model, **hub)
@@ -148,7 +154,19 @@ class Pipeline:
                 )
         where = places(residency, mesh)
         parts = load_parts(folder, dtype=dtype, transformer=other, shardings=where, loras=merged, weights=weights)
-        return cls(parts, os.fspath(model), dtype, backend, merged, mesh, context, residency, weights=weights)
+        return cls(
+            parts,
+            os.fspath(model),
+            dtype,
+            backend,
+            merged,
+            mesh,
+            context,
+            residency,
+            weights=weights,
+            revision=commit_of(os.fspath(model), folder),
+            transformer=None if transformer is None else os.fspath(transformer),
+        )
 
     def with_guidance_lora(self, lora: str | os.PathLike[str] | LoraSpec) -> Pipeline:
         """This pipeline with a LoRA for the small stream of layout ``"scale-dit"``; other layouts do not see it.
@@ -201,11 +219,11 @@ class Pipeline:
         self,
         prompts: Sequence[str],
         *,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         guidance: float | None = None,
         true_guidance: float | None = None,
     ) -> Conditioning:
-        """Prompts to conditioning; guidance defaults as in `plan`."""
+        """Prompts to conditioning; one negative prompt for all, or one for each; guidance defaults as in `plan`."""
         parts = self.parts
         encoders = {name: self._fetched(encoder) for name, encoder in parts.encoders.items()}
         graphdefs = tuple((name, encoder.graphdef) for name, encoder in encoders.items())
@@ -216,16 +234,17 @@ class Pipeline:
             for text in dict.fromkeys(texts):
                 unknown = reader.unknown_words(text)
                 if unknown:
-                    logger.warning("words this model has never seen: %s", ", ".join(unknown))
+                    logger.warning("words this model has never seen: %s", quoted(", ".join(unknown)))
                 lost = reader.truncated(text)
                 if lost:
-                    logger.warning("the prompt is cut at %d tokens; ignored: %s", reader.length, lost)
+                    logger.warning("the prompt is cut at %d tokens; ignored: %s", reader.length, quoted(lost))
             ids = {name: tokenizer(list(texts)) for name, tokenizer in parts.tokenizers.items()}
             return self.family.encode(params, ids, graphdefs=graphdefs, dtype=self.dtype)
 
+        avoided = None if negative_prompt is None else per_prompt("negative_prompt", negative_prompt, len(prompts))
         return self.condition(
             embed(prompts),
-            negative=None if negative_prompt is None else embed([negative_prompt] * len(prompts)),
+            negative=None if avoided is None else embed(avoided),
             guidance=guidance,
             true_guidance=true_guidance,
         )
@@ -303,8 +322,18 @@ class Pipeline:
         One draw serves the whole batch, so that a row depends on its place there; `posterior` gives what does not.
         """
         mean, logvar = self.posterior(images)
-        key = jax.random.fold_in(jax.random.key(seed), 2**31)  # apart from every image index
-        return self.parts.vae_config.normalize(sample_posterior(jnp.asarray(mean), jnp.asarray(logvar), key))
+        key = jax.random.fold_in(key_of(words(seed)), 2**31)  # apart from every image index
+        with pinned():
+            drawn = sample_posterior(jnp.asarray(mean), jnp.asarray(logvar), key)
+        return self.parts.vae_config.normalize(drawn)
+
+    def linear_preview(self) -> LinearPreview:
+        """What turns clean latents into small pictures; fitted to this autoencoder, which takes a moment."""
+
+        def encode(images: np.ndarray) -> jax.Array:
+            return self.parts.vae_config.normalize(jnp.asarray(self.posterior(images)[0]))
+
+        return LinearPreview.fit(encode, self.parts.vae_config.factor)
 
     def posterior(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and log-variance f32 [B, H/8, W/8, C] of the autoencoder's posterior of images f32 [B, H, W, 3].
@@ -322,13 +351,13 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         width: int | None = None,
         height: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         true_guidance: float | None = None,
-        seed: int = 0,
+        seed: int | str | Sequence[int | str] = 0,
         num_images: int = 1,
         image_indices: Sequence[int] | None = None,
         batch_size: int = 1,
@@ -336,7 +365,9 @@ class Pipeline:
         layout: str | Layout | Crpa | Guided = "dense",
         regions: Any = None,
         mu: MuPolicy | None = None,
-        init_image: str | os.PathLike[str] | np.ndarray | None = None,
+        init_image: Any = None,
+        fit: Fit | None = None,
+        mask: Any = None,
         strength: float | None = None,
         ladder: str | Sequence[Rung] | None = None,
         init_latents: str | os.PathLike[str] | np.ndarray | None = None,
@@ -346,17 +377,20 @@ class Pipeline:
         on_step: Callable[[Progress], None] | None = None,
         on_latents: Callable[[np.ndarray, list[dict]], None] | None = None,
         checkpoint: Checkpoint | None = None,
+        progress: bool = False,
     ) -> Result:
         """Pictures for one or more prompts.
 
         Args:
             prompt: text, or several.
-            negative_prompt: text to steer away from; switches on true classifier-free guidance (two model rows).
-            width, height: pixels; default the trained size.
+            negative_prompt: text to steer away from, one for all prompts or one for each; switches on true
+                classifier-free guidance (two model rows).
+            width, height: pixels; default the size of ``init_image``, else the trained size.
             steps: model evaluations; default by recipe.
             guidance: distilled guidance, for checkpoints that take it.
             true_guidance: scale of classifier-free guidance, with ``negative_prompt``.
-            seed: of all pictures; picture ``i`` of a prompt uses the key folded with ``i``.
+            seed: of all pictures, or one for each prompt, of up to 64 bits; picture ``i`` of a prompt uses the key
+                folded with ``i``.  -1 or ``"random"`` draws one, which the record states.
             num_images: pictures per prompt.
             image_indices: the image indices to make instead of ``range(num_images)``.
             batch_size: pictures per model call; changes speed and memory, not pictures (up to rounding).
@@ -370,9 +404,15 @@ class Pipeline:
                 ``"mask:FILE"`` or ``"auto:0.3"`` (the default), a list of them, or a bool array [H, W] of any size
                 (`sampling.regions`).
             mu: ``"clamp"``, ``"native"`` or a number; see `Schedule.mu`.
-            init_image: picture to start from (path or f32 [H, W, 3] in [-1, 1]), noised to ``strength``.
+            init_image: picture to start from, noised to ``strength``: a file, a Pillow image, an `Image`, or an array
+                [H, W, 3] of uint8, or of floats in [-1, 1] or, where none is negative, in [0, 1].
+            fit: how ``init_image`` is brought to a size of another shape: ``"crop"``, ``"pad"`` or ``"stretch"``
+                (`media.photos.photo`); refused without.  ``"crop"`` also makes sizes that are no whole tokens, from
+                the next larger ones.
+            mask: where ``init_image`` may change, white; elsewhere the picture stays as it is, pixel by pixel: a file,
+                a Pillow image, or an array [H, W] of bool, uint8 or floats in [0, 1], of the size of ``init_image``.
             strength: share of the steps to run from ``init_image``, in (0, 1]; default 0.6.
-            ladder: sizes to climb, as in ``"1024,2048 positional=sega layout=dense,4096"`` (`sega_jax.sampling.rungs`):
+            ladder: sizes to climb, as in ``"1024,2048 positional=sega layout=dense,4096"`` (see `sampling.rungs`):
                 the first is made from noise, or is ``init_image``; each of the others starts from the one before.
                 ``layout`` and ``positional`` are those of sizes that name none; the first size is dense.
             init_latents: initial noise f32 [B, h, w, C] instead of the seed's, or a file of them.
@@ -385,83 +425,46 @@ class Pipeline:
             on_latents: called with latents and records of a batch before it is decoded, so that they can be saved.
             checkpoint: saves the state every few steps and goes on from there (`sampling.resume`); the last state of
                 every batch stays until `Checkpoint.clear`.
+            progress: whether to show a bar on standard error.
 
         Returns:
             A `Result`.
+
+        Raises:
+            ValueError, TypeError: for the first argument that cannot be served, with value and remedy.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise ValueError("prompt=[]: expected at least one prompt")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: expected a positive whole number")
-        if strength is not None and init_image is None:
-            raise ValueError(f"strength={strength}: only with init_image")
-        if init_image is not None and init_latents is not None:
-            raise ValueError("init_image and init_latents are both given; the run can start from one of them")
         options = {
-            "negative_prompt": negative_prompt,
             "width": width,
             "height": height,
             "steps": steps,
             "guidance": guidance,
             "true_guidance": true_guidance,
-            "seed": seed,
-            "num_images": num_images,
             "positional": positional,
             "layout": layout,
             "mu": mu,
             "strength": strength,
             "regions": regions,
             "ladder": ladder,
-            "from_picture": init_image is not None,
+            "fit": fit,
         }
-        plans = [self.plan(text, **options) for text in prompts]
-        plan = plans[0]
-        grid = self.grid(*plan.first_size)
-        indices = list(range(num_images)) if image_indices is None else list(image_indices)
-        jobs = [(row, index) for row in range(len(prompts)) for index in indices]
-        given = None if init_latents is None else self._given_latents(init_latents, grid, len(jobs))
-        source = None if init_image is None else self._source_image(init_image, plan)
-        method = positional if not isinstance(positional, str) or positional != "auto" else plan.positional
-        sampler = self.sampler(plan, method, layout, source, regions, vae)
-
-        timings = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
-        clock = Clock(timings)
-        conditioning = self._encoded(prompts, plan, embeddings)
-        clock.stop("encode", conditioning)
-        latents, images, records, levels = [], [], [], []
-        for first in range(0, len(jobs), batch_size):
-            batch = jobs[first : first + batch_size]
-            padded = batch + [batch[-1]] * (min(batch_size, len(jobs)) - len(batch))
-            rows = [row for row, _ in padded]
-            noise = Noise(seed, tuple(index for _, index in padded))
-            if given is not None:
-                chosen = [min(first + i, len(jobs) - 1) for i in range(len(padded))]
-                noise = replace(noise, given=given[np.asarray(chosen)])
-            durable = None
-            if checkpoint is not None:
-                request = checkpoint.request or {
-                    "pictures": [self._request(plans[row], index) for row, index in padded],
-                    "given": digest((noise.given, source, embeddings)),
-                }
-                durable = _Durable(checkpoint.part(f"batch-{first:04d}"), request)
-            state = self._denoise(sampler, noise, _rows(conditioning, rows), on_step, durable)
-            made = to_host(sampler.latents(state))[: len(batch)]
-            if isinstance(sampler, CoarseMixedFine):
-                shown = sampler.levels_map(state)
-                levels.append(np.broadcast_to(shown, (len(padded), *shown.shape[1:]))[: len(batch)])
-            del state
-            clock.stop("denoise")
-            record = [self.record(plans[row], index) for row, index in batch]
-            if on_latents is not None:
-                on_latents(made, record)
-            latents.append(made)
-            records += record
-            if decode:
-                pixels = self.decode(made, vae=vae)
-                images += [Image(picture, meta) for picture, meta in zip(pixels, record, strict=True)]
-                clock.stop("decode")
-        return Result(images, np.concatenate(latents), records, timings, np.concatenate(levels) if levels else None)
+        inputs = {"init_image": init_image, "mask": mask, "init_latents": init_latents, "embeddings": embeddings}
+        request = Request(
+            prompt,
+            negative_prompt,
+            seed,
+            num_images,
+            image_indices,
+            batch_size,
+            options,
+            inputs,
+            decode=decode,
+            vae=vae,
+            on_step=on_step,
+            on_latents=on_latents,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        return run_request(self, request)
 
     def sampler(
         self,
@@ -471,6 +474,7 @@ class Pipeline:
         source: np.ndarray | None = None,
         regions: Any = None,
         vae: VaeMode = "auto",
+        mask: np.ndarray | None = None,
     ) -> Sampler:
         """How the pictures of a plan come about.
 
@@ -481,38 +485,29 @@ class Pipeline:
             source: picture f32 [1, H, W, 3] to start from, with a plan that has a strength or a ladder.
             regions: with ``crpa``; default the plan's.
             vae: how to decode between the stages of a ladder.
+            mask: bool [H, W], where ``source`` may change; default everywhere.
         """
-        return sampler_of(self, plan, method, layout, source, regions, vae)
+        return sampler_of(self, plan, method, layout, source, regions, vae, mask)
 
-    def _denoise(
+    def encoded(
         self,
-        sampler: Sampler,
-        noise: Noise,
-        conditioning: Conditioning,
-        on_step: Callable[[Progress], None] | None,
-        durable: _Durable | None = None,
-    ) -> State:
-        state, done = sampler.start(noise, conditioning), 0
-        params = self.params
-        if durable is not None:
-            done, state = durable.checkpoint.start(durable.request, state)
-        state = laid(state, self.mesh)
-        for index in range(done, sampler.steps):
-            begun = time.perf_counter()
-            state = sampler.step(params, state, conditioning, index)
-            if on_step is not None:
-                jax.block_until_ready(state)
-                on_step(Progress(index + 1, sampler.steps, time.perf_counter() - begun))
-            if durable is not None:
-                durable.checkpoint.after(index + 1, sampler.steps, durable.request, state)
-        return state
+        prompts: Sequence[str],
+        negatives: Sequence[str | None],
+        plan: Plan,
+        embeddings: Mapping[str, np.ndarray] | None = None,
+    ) -> Conditioning:
+        """The conditioning of a plan's prompts, encoded or, where ``embeddings`` has it, taken from there.
 
-    def _encoded(self, prompts: Sequence[str], plan: Plan, embeddings: Mapping[str, np.ndarray] | None) -> Conditioning:
+        Raises:
+            ValueError: embeddings that lack something, or are of other prompts or another model.
+        """
         guidance, scale = plan.guidance, plan.true_guidance
+        avoiding = negatives[0] is not None
         if embeddings is None:
-            return self.encode(prompts, negative_prompt=plan.negative_prompt, guidance=guidance, true_guidance=scale)
+            avoid = [*negatives] if avoiding else None
+            return self.encode(prompts, negative_prompt=avoid, guidance=guidance, true_guidance=scale)
         names = list(self.family.conditioning_spec(self.parts))
-        needed = names + [f"negative_{name}" for name in names] * (plan.negative_prompt is not None)
+        needed = names + [f"negative_{name}" for name in names] * avoiding
         missing = [name for name in needed if name not in embeddings]
         if missing:
             raise ValueError(f"embeddings: {', '.join(missing)} missing; got {sorted(embeddings)}")
@@ -527,40 +522,38 @@ class Pipeline:
             {name: arrays[name] for name in names}, negative=negative, guidance=guidance, true_guidance=scale
         )
 
-    def _given_latents(self, latents: Any, grid: Grid, count: int) -> np.ndarray:
-        if isinstance(latents, (str, os.PathLike)):
-            latents, _ = load_latents(latents)
-        latents = np.asarray(latents, np.float32)
-        expected = (count, *self.latent_shape(grid))
-        if latents.shape != expected:
-            raise ValueError(f"init_latents {latents.shape}: this request needs {expected} [B, h, w, C]")
-        return latents
+    def model_fields(self) -> dict[str, Any]:
+        """What a record says of this pipeline."""
+        return model_fields(
+            model=self.source,
+            revision=self.revision,
+            transformer=self.transformer,
+            dtype=self.dtype,
+            backend=self.backend,
+            weights=self.weights,
+            loras=self.loras,
+        )
 
-    def _source_image(self, image: Any, plan: Plan) -> np.ndarray:
-        height, width = plan.first_size
-        if isinstance(image, (str, os.PathLike)):
-            image = load_image(image, size=(width, height))
-        image = np.asarray(image, np.float32)
-        if image.shape != (height, width, 3):
-            raise ValueError(f"init_image {image.shape}: expected {(height, width, 3)}, float in [-1, 1]")
-        return image[None]
+    def record(
+        self,
+        plan: Plan,
+        index: int,
+        *,
+        inputs: Mapping[str, Mapping[str, Any] | None] | None = None,
+        vae: VaeMode = "auto",
+        batch_size: int = 1,
+    ) -> dict:
+        """Metadata of picture ``index`` of a plan made by this pipeline, enough to repeat it.
 
-    def record(self, plan: Plan, index: int) -> dict:
-        """Metadata of picture ``index`` of a plan made by this pipeline."""
-        return {
-            **plan.record(index),
-            "dtype": self.dtype,
-            "backend": self.backend,
-            "model": self.source,
-            **({"weights": self.weights} if self.weights != "full" else {}),
-            **({"loras": [lora.record() for lora in self.loras]} if self.loras else {}),
-            **self.place(),
-        }
-
-    def _request(self, plan: Plan, index: int) -> dict:
-        """The record of a picture without what changes it by rounding only."""
-        place = self.place()
-        return {name: value for name, value in self.record(plan, index).items() if name not in place}
+        Args:
+            plan: of the picture.
+            index: image index.
+            inputs: what it starts from (`records.origin`); default noise.
+            vae: how it is decoded.
+            batch_size: rows of the model call it comes from.
+        """
+        fields = picture_fields(plan, index, self.model_fields(), inputs or {}, vae)
+        return {**fields, "batch_size": batch_size, **self.place()}
 
     def place(self) -> dict[str, str]:
         """What besides the request may change a picture by rounding: package, JAX, device and mesh."""
@@ -570,20 +563,6 @@ class Pipeline:
 def versions() -> dict[str, str]:
     """What besides the request may change a picture by rounding: package, JAX and device."""
     return {"sega_jax": __version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
-
-
-@dataclass(frozen=True)
-class _Durable:
-    """A checkpoint and the request whose states it may hold."""
-
-    checkpoint: Checkpoint
-    request: dict
-
-
-def _rows(conditioning: Conditioning, rows: list[int]) -> Conditioning:
-    """The conditioning of a batch; scalars are shared."""
-    at = np.asarray(rows)
-    return jax.tree.map(lambda x: x[at] if x.ndim else x, conditioning)
 
 
 def velocity(pipe: Pipeline, positional: str | pe.Method = "none", layout: str | Layout = "dense") -> Velocity:

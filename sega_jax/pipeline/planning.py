@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,14 @@ from sega_jax.families.registry import family_named
 from sega_jax.geometry import Grid
 from sega_jax.layouts.scalediff import Neighborhood
 from sega_jax.layouts.streams import Layout
+from sega_jax.media.photos import Fit, check_fit, check_shape
 from sega_jax.pipeline import ladders
+from sega_jax.pipeline.arguments import real, several, text, whole
+from sega_jax.pipeline.sizes import size_of
 from sega_jax.sampling import scale_dit
 from sega_jax.sampling.crpa import Crpa, levels_map, stages_of
 from sega_jax.sampling.crpa_cost import Estimate, estimate
+from sega_jax.sampling.keys import chosen_seed
 from sega_jax.sampling.regions import Regions, get_regions
 from sega_jax.sampling.registry import get_layout
 from sega_jax.sampling.rungs import Rung, parse, text_of
@@ -52,6 +56,8 @@ class Plan:
     regions: str | None = None
     estimate: Estimate | None = None  # of layouts of mixed resolution
     ladder: tuple[Rung, ...] | None = None
+    fit: Fit | None = None  # how the photo it starts from is brought to size
+    shown: tuple[int, int] | None = None  # (width, height) the picture is cut to, where those are no whole tokens
 
     @property
     def first_size(self) -> tuple[int, int]:
@@ -69,11 +75,13 @@ class Plan:
 
     def record(self, index: int) -> dict:
         """The fields that determine picture ``index``, as metadata stores them."""
+        width, height = self.shown or (self.width, self.height)
+        fit = self.fit if self.shown is None else "crop"
         return {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
-            "width": self.width,
-            "height": self.height,
+            "width": width,
+            "height": height,
             "steps": self.steps,
             "guidance": self.guidance,
             "true_guidance": self.true_guidance if self.negative_prompt is not None else None,
@@ -84,6 +92,7 @@ class Plan:
             "mu": self.mu,
             "strength": self.strength,
             **({} if self.ladder is None else {"ladder": text_of(self.ladder)}),
+            **({} if fit is None else {"fit": fit}),
         } | ({} if self.regions is None else {"regions": self.regions})
 
 
@@ -97,7 +106,7 @@ def plan(
     steps: int | None = None,
     guidance: float | None = None,
     true_guidance: float | None = None,
-    seed: int = 0,
+    seed: int | str = 0,
     num_images: int = 1,
     positional: str | pe.Method = "auto",
     layout: str | Layout | Crpa | scale_dit.Guided = "dense",
@@ -105,7 +114,8 @@ def plan(
     strength: float | None = None,
     regions: Any = None,
     ladder: str | Sequence[Rung] | None = None,
-    from_picture: bool = False,
+    photo: tuple[int, int] | None = None,
+    fit: Fit | None = None,
     guidance_lora: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Validate a request and fill in its defaults; loads, compiles and computes nothing.
@@ -113,17 +123,26 @@ def plan(
     Args:
         outline: of the pipeline that is to serve it.
         prompt: text; the other fields as in `Pipeline.generate`.
-        from_picture: whether the run starts from a picture.
+        photo: (width, height) of the picture the run starts from; None starts from noise.
         guidance_lora: what the LoRA of layout scale-dit says about itself; None without one.
 
     Raises:
         ValueError, TypeError: for the first field that cannot be served, with value and remedy.
     """
-    if not isinstance(prompt, str):
-        raise TypeError(f"prompt={prompt!r}: expected a string")
+    prompt = text("prompt", prompt)
+    negative_prompt = None if negative_prompt is None else text("negative_prompt", negative_prompt)
+    num_images, seed = whole("num_images", num_images), chosen_seed(seed)
+    guidance = None if guidance is None else real("guidance", guidance)
+    true_guidance = None if true_guidance is None else real("true_guidance", true_guidance)
+    strength = None if strength is None else real("strength", strength)
+    if strength is not None and not 0 < strength <= 1:
+        raise ValueError(f"strength={strength:g}: expected a number above 0 and at most 1")
+    steps = None if steps is None else whole("steps", steps)
     rungs = parse(ladder) if isinstance(ladder, str) else ladder
     if rungs is not None:
-        rungs = tuple(rungs)
+        rungs = tuple(several("ladder", rungs))
+        if not rungs or not all(isinstance(rung, Rung) for rung in rungs):
+            raise TypeError(f"ladder={ladder!r}: expected text such as '1024,2048', or a list of Rung")
         if (width, height) not in ((None, None), (rungs[-1].width, rungs[-1].height)):
             raise ValueError(
                 f"width={width}, height={height} with a ladder that ends at {rungs[-1].width}x{rungs[-1].height}; "
@@ -132,9 +151,9 @@ def plan(
         width, height = rungs[-1].width, rungs[-1].height
         if strength is not None:
             raise ValueError(f"strength={strength} with a ladder: its stages start at tau=… (or start=…) instead")
-    native, side = outline.rope.trained, outline.rope.pixels_per_token
-    height = native[0] * side if height is None else height
-    width = native[1] * side if width is None else width
+    from_picture = photo is not None
+    size = size_of(outline.rope, width, height, *((photo, fit) if rungs is None else ()))
+    width, height = size.width, size.height
     grid = outline.rope.grid_for_pixels(height, width, outline.text_tokens)
     config, schedule = outline.transformer_config, outline.schedule
     family = family_named(outline.family)
@@ -145,15 +164,8 @@ def plan(
         )
     if true_guidance is not None and negative_prompt is None:
         raise ValueError(f"true_guidance={true_guidance}: needs a negative_prompt (an empty one is allowed)")
-    for name, value in (("guidance", guidance), ("true_guidance", true_guidance)):
-        if value is not None and not (np.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}={value}: expected a finite number of at least 0")
-    if not isinstance(num_images, int) or num_images < 1:
-        raise ValueError(f"num_images={num_images!r}: expected a positive whole number")
     if num_images > MOST_IMAGES:
         raise ValueError(f"num_images={num_images}: expected at most {MOST_IMAGES}; vary the seed for more")
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 4294967295")
     layout = get_layout(layout)
     if isinstance(layout, Neighborhood) and rungs is None and strength is None and max(grid.stretch) > 1:
         rungs = ladders.default(grid)
@@ -175,6 +187,11 @@ def plan(
         if auto:
             positional = rungs[-1].positional
         layout = get_layout(rungs[-1].layout)
+        if from_picture:
+            check_shape(photo, (rungs[0].width, rungs[0].height), check_fit(fit))
+            size = replace(size, fit=fit or "crop")
+        elif fit is not None:
+            raise ValueError(f"fit={fit!r} with a ladder: only with an init_image")
     if from_picture and rungs is None and strength is None:
         strength = 0.6
     if isinstance(layout, scale_dit.Guided):
@@ -210,8 +227,8 @@ def plan(
         width=width,
         height=height,
         steps=steps,
-        guidance=(known.guidance if guidance is None else float(guidance)) if outline.takes_guidance else None,
-        true_guidance=known.true_guidance if true_guidance is None else float(true_guidance),
+        guidance=(known.guidance if guidance is None else guidance) if outline.takes_guidance else None,
+        true_guidance=known.true_guidance if true_guidance is None else true_guidance,
         seed=seed,
         num_images=num_images,
         positional=pe.describe(method),
@@ -223,6 +240,8 @@ def plan(
         regions=None if chosen is None else str(chosen),
         estimate=None if chosen is None else estimate(config, grid, sigmas, layout, chosen, rows),
         ladder=rungs,
+        fit=size.fit,
+        shown=size.shown,
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -31,13 +34,43 @@ class Result:
     levels: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Progress:
-    """What ``on_step`` receives: ``index`` of ``total`` steps are done, and how long the last of them took."""
+    """What ``on_step`` receives.
+
+    Attributes:
+        index: of ``total`` steps are done.
+        total: steps of this batch, over all stages.
+        seconds: that the last of them took.
+        latents: that it left, f32 [B, h, w, C], of the size that stage works on.
+        sigma: their noise level.
+        clean: the step's estimate of what the noise hides, of the same shape.
+        look: turns clean latents into small pictures; see `preview`.
+    """
 
     index: int
     total: int
     seconds: float
+    latents: jax.Array
+    sigma: float
+    clean: jax.Array
+    look: Callable[[jax.Array], np.ndarray] = field(repr=False)
+
+    def preview(self) -> list[Image]:
+        """The clean estimate as pictures of one pixel per latent pixel, by a linear map: costs next to nothing."""
+        return [Image(picture) for picture in self.look(self.clean)]
+
+
+@contextlib.contextmanager
+def progress_bar(shown: bool, total: int, done: int = 0) -> Iterator[Callable[[], Any]]:
+    """A bar on standard error over the steps of a batch, if it is wanted; gives what advances it."""
+    if not shown:
+        yield lambda: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, initial=done, unit="step", file=sys.stderr) as bar:
+        yield bar.update
 
 
 class Clock:

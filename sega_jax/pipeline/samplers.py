@@ -19,7 +19,7 @@ from sega_jax.sampling.crpa import CoarseMixedFine, Crpa
 from sega_jax.sampling.ladder import Codec, Ladder, Level
 from sega_jax.sampling.regions import get_regions
 from sega_jax.sampling.registry import get_layout
-from sega_jax.sampling.sampler import Euler, Sampler
+from sega_jax.sampling.sampler import Euler, Keep, Sampler
 from sega_jax.sampling.scale_dit import Guided, TwoStage, enlarge, sharpen
 from sega_jax.sampling.schedule import start_index
 
@@ -35,8 +35,11 @@ def sampler_of(
     source: np.ndarray | None = None,
     regions: Any = None,
     vae: VaeMode = "auto",
+    mask: np.ndarray | None = None,
 ) -> Sampler:
     """How the pictures of a plan come about; arguments as in `Pipeline.sampler`."""
+    if mask is not None:
+        check_mask(plan)
     if plan.ladder is not None:
         return _ladder(pipe, plan, method, source, vae)
     layout = get_layout(layout)
@@ -50,7 +53,26 @@ def sampler_of(
     if isinstance(layout, Crpa):
         chosen = get_regions(plan.regions if regions is None else regions)
         return CoarseMixedFine.of(pipe.velocity(method), sigmas, shape, layout, chosen, source=latents)
-    return Euler(pipe.velocity(method, layout), sigmas, shape, latents)
+    keep = None if mask is None else Keep(latents, jnp.asarray(free_latents(mask, pipe.parts.vae_config.factor)))
+    return Euler(pipe.velocity(method, layout), sigmas, shape, latents, keep)
+
+
+def check_mask(plan: Plan) -> None:
+    """Complains about a plan that has no single size all along, in which a mask could hold.
+
+    Raises:
+        ValueError: naming what the plan has instead.
+    """
+    if plan.ladder is not None or isinstance(get_layout(plan.layout), Crpa | Guided):
+        what = "a ladder" if plan.ladder is not None else f"layout={plan.layout!r}"
+        raise ValueError(f"mask with {what}: a mask holds in runs of one size; use layout='dense' without a ladder")
+
+
+def free_latents(mask: np.ndarray, factor: int) -> np.ndarray:
+    """Which latents may change, f32 [1, h, w, 1], for pixels that may, bool [H, W]: those with any such pixel."""
+    height, width = mask.shape
+    free = mask.reshape(height // factor, factor, width // factor, factor).any((1, 3))
+    return free[None, ..., None].astype(np.float32)
 
 
 def _ladder(pipe: Pipeline, plan: Plan, method: str | pe.Method, source: np.ndarray | None, vae: VaeMode) -> Ladder:

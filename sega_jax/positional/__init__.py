@@ -16,6 +16,7 @@ from sega_jax.positional.chain import (
     next_state,
     parse,
     presets,
+    ropes_of,
     statistic,
     traceable,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "plain",
     "presets",
     "rebase",
+    "ropes_of",
     "rotate",
     "sega_magnitude",
     "statistic",

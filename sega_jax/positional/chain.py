@@ -20,7 +20,7 @@ import importlib.metadata
 import inspect
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -156,6 +156,22 @@ def chain(*rules: Any) -> Method:
 # --- what a sampler asks of any method ------------------------------------------------------------------------
 
 
+def ropes_of(method: Method, grid: Grid, signals: Signals) -> dict[str, Rope]:
+    """The method's ropes by kind of stream.
+
+    Raises:
+        TypeError: it returned something else; names the method.
+    """
+    made = method(grid, signals)
+    if not isinstance(made, Mapping) or not all(isinstance(made.get(kind), Rope) for kind in ("text", "image")):
+        told = {kind: type(value).__name__ for kind, value in made.items()} if isinstance(made, Mapping) else made
+        raise TypeError(
+            f"positional method {describe(method)} returned {told!r}; expected {{'text': Rope, 'image': Rope}} "
+            "(sega_jax.positional.Rope)"
+        )
+    return made
+
+
 def statistic(method: Method, tokens: jax.Array, grid: Grid, probe: jax.Array | None = None) -> Any:
     """The method's own statistic of the latent for ``Signals.spectrum``, or None if it reads none."""
     measure = getattr(method, "measure", None)
@@ -181,8 +197,8 @@ class Static:
 
     method: Any = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, grid: Grid, signals: Signals) -> dict[str, Rope]:
-        return self.method(grid, signals)
+    def __call__(self, grid: Grid, signals: Signals) -> Any:
+        return self.method(grid, signals)  # `ropes_of` says what is wrong with anything but ropes
 
     def __getattr__(self, name: str) -> Any:
         if name in ("measure", "init", "update"):

@@ -437,6 +437,14 @@ class CoarseMixedFine:
     def latents(self, state: State) -> jax.Array:
         return state["latents"][level_name(0)]
 
+    def seen(self, state: State, index: int) -> tuple[jax.Array, float]:
+        stage, level = self.stage(index), 0
+        if stage == "coarse":
+            level = self.levels - 1
+        elif stage == "mixed":  # of one level alone where nothing is refined
+            level = self.options.mixed(state["refined"], self.velocity.grid_of(*self.shape[:2], 0)).plain or 0
+        return state["latents"][level_name(level)], float(self.sigmas[index, 1])
+
     def stages(self) -> tuple[Stage, ...]:
         """Up to three; the mixed one as it compiles for regions that are one box, or for those that are drawn."""
         height, width, channels = self.shape

@@ -6,13 +6,16 @@ method class): sigma, guidance, spectra and the method's numbers are traced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
@@ -23,6 +26,7 @@ from sega_jax.layouts.blocks import Leaf
 from sega_jax.layouts.streams import Content, Layout, bind, ordered
 from sega_jax.models.denoiser import StepInputs
 from sega_jax.models.packing import Packing
+from sega_jax.sampling.keys import key_of, pinned, words
 from sega_jax.sharding.mesh import DATA, latent_sharding, put, sharding
 from sega_jax.sharding.rules import gathered
 
@@ -137,7 +141,7 @@ def _phases(
         spectrum = pe.statistic(method, canvas, seen, probe)
         memory = None if state is None else state[name]
         signals = pe.Signals(sigma=sigma, spectrum=spectrum, step=step, state=memory)
-        ropes[name] = method(rope_grid, signals)
+        ropes[name] = pe.ropes_of(method, rope_grid, signals)
         new_state[name] = pe.next_state(method, rope_grid, signals)
     return ropes, new_state
 
@@ -252,28 +256,69 @@ def add_noise(clean: ArrayLike, noise: ArrayLike, sigma: ArrayLike) -> jax.Array
 
 
 @partial(jax.jit, static_argnames=("shape", "number"))
-def _noise(seed: jax.Array, indices: jax.Array, shape: tuple[int, ...], number: int) -> jax.Array:
-    def one(index: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), index)
+def _noise(seeds: jax.Array, indices: jax.Array, shape: tuple[int, ...], number: int) -> jax.Array:
+    def one(seed: jax.Array, index: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(key_of(seed), index)
         return jax.random.normal(jax.random.fold_in(key, number) if number else key, shape, jnp.float32)
 
-    return jax.vmap(one)(indices)
+    return jax.vmap(one)(seeds, indices)
 
 
-def initial_noise(seed: int, indices: list[int], shape: tuple[int, int, int], number: int = 0) -> jax.Array:
+def initial_noise(
+    seed: int | Sequence[int], indices: Sequence[int], shape: tuple[int, int, int], number: int = 0
+) -> jax.Array:
     """Gaussian latents f32 [len(indices), *shape]; each depends on (seed, image index, number) and on nothing else.
 
-    Number 0 is where a run starts; stages that add noise again take others.
+    Args:
+        seed: of all of them, or one for each index; up to 64 bits.
+        indices: image indices, below 2**32.
+        shape: of one.
+        number: 0 is where a run starts; stages that add noise again take others.
     """
-    return _noise(jnp.asarray(seed, jnp.uint32), jnp.asarray(indices, jnp.uint32), shape, number)
+    seeds = np.broadcast_to(words(seed), (len(indices), 2))
+    with pinned():
+        return _noise(jnp.asarray(seeds), jnp.asarray(indices, jnp.uint32), shape, number)
+
+
+Watcher = Callable[[Latents, jax.Array], None]
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watched(watcher: Watcher | None) -> Iterator[None]:
+    """Within the block, every evaluation of a model is told: its latents and their noise level."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def _check_arguments(latents: Any, sigma: Any, conditioning: Conditioning) -> None:
+    """Complains about arguments of `Velocity` whose shapes disagree, before a compiler does."""
+    shape = jnp.shape(latents)
+    if len(shape) != 4 or shape[1] % 2 or shape[2] % 2:
+        raise ValueError(f"latents of shape {shape}: expected [batch, height, width, channels], even sides")
+    if jnp.shape(sigma) != ():
+        raise ValueError(f"sigma of shape {jnp.shape(sigma)}: expected a scalar, the noise level of the whole batch")
+    named = dict(conditioning.arrays)
+    if conditioning.negative is not None:
+        named |= {f"negative {name}": array for name, array in conditioning.negative.items()}
+    for name, array in named.items():
+        if jnp.shape(array)[:1] != shape[:1]:
+            raise ValueError(
+                f"conditioning: {name} of shape {jnp.shape(array)} for latents of a batch of {shape[0]}; expected one "
+                "row for each (encode as many prompts, or repeat the row)"
+            )
 
 
 @dataclass(frozen=True)
 class Velocity:
     """The model as a pure function ``f(params, latents, sigma, conditioning) -> velocity``.
 
-    Differentiable, vmappable, and exactly what `Pipeline.generate` steps with: an Euler loop over it reproduces
-    its latents bit for bit.
+    Vmappable, differentiable in reverse mode (`jax.grad`, `jax.vjp`, also of ``params``), and exactly what
+    `Pipeline.generate` steps with: an Euler loop over it reproduces its latents bit for bit.  Attention kernels define
+    their own backward pass, which JAX cannot run forwards: `jax.jvp` takes a pipeline of ``backend="reference"``.
     """
 
     graphdef: nnx.GraphDef
@@ -327,7 +372,7 @@ class Velocity:
             method, sigma, step, conditioning, state, content = jax.tree.map(
                 partial(put, where=sharding(self.mesh)), (method, sigma, step, conditioning, state, content)
             )
-        return predict(
+        made = predict(
             params,
             method,
             latents,
@@ -338,6 +383,10 @@ class Velocity:
             content,
             **self._statics(latents, conditioning),
         )
+        watcher = _watcher.get()
+        if watcher is not None:
+            watcher(latents, sigma)
+        return made
 
     def lower(self, params: nnx.State, latents: jax.ShapeDtypeStruct, conditioning: Conditioning) -> Any:
         """What `advance` would compile for arguments of these shapes, lowered (`jax.stages.Lowered`)."""
@@ -364,7 +413,12 @@ class Velocity:
         )
 
     def __call__(self, params: nnx.State, latents: jax.Array, sigma: Any, conditioning: Conditioning) -> jax.Array:
-        """Velocity f32 [B, H, W, C] at latents f32 [B, H, W, C] and sigma (scalar in [0, 1])."""
+        """Velocity f32 [B, H, W, C] at latents f32 [B, H, W, C] and sigma (scalar in [0, 1]).
+
+        Raises:
+            ValueError: latents, sigma and conditioning that do not belong together.
+        """
+        _check_arguments(latents, sigma, conditioning)
         return self.advance(params, latents, sigma, conditioning)[0]
 
     def with_method(self, method: pe.Method) -> Velocity:

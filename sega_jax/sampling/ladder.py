@@ -21,6 +21,7 @@ from sega_jax.geometry import Grid
 from sega_jax.layouts.streams import Content, Layout, draw
 from sega_jax.sampling import latent_ops as ops
 from sega_jax.sampling.denoise import Conditioning, Velocity, add_noise, euler, initial_noise
+from sega_jax.sampling.keys import key_of, pinned, words
 from sega_jax.sampling.sampler import Noise, Stage, State
 
 Reference = Literal["mixed", "image", "latent"]
@@ -86,9 +87,14 @@ def guided_euler(
 
 @partial(jax.jit, static_argnames=("number", "layout", "grid"))
 def _drawn(seed: jax.Array, index: int, *, number: int, layout: Layout, grid: Grid) -> Content:
-    """What a layout draws for a step, once for the batch: a function of seed, stage and step."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2**31 + 1 + number), index)
+    key = jax.random.fold_in(jax.random.fold_in(key_of(seed), 2**31 + 1 + number), index)
     return draw(layout, key, grid)
+
+
+def drawn(seed: jax.Array, index: int, *, number: int, layout: Layout, grid: Grid) -> Content:
+    """What a layout draws for a step, once for the batch: a function of the first row's seed, of stage and step."""
+    with pinned():
+        return _drawn(seed, index, number=number, layout=layout, grid=grid)
 
 
 _enlarged = jax.jit(ops.bicubic, static_argnums=(1, 2))
@@ -131,7 +137,7 @@ class Ladder:
     def start(self, noise: Noise, conditioning: Conditioning) -> State:
         first = self.levels[0]
         state = {
-            "seed": jnp.asarray(noise.seed, jnp.uint32),
+            "seed": jnp.asarray(np.broadcast_to(words(noise.seed), (len(noise.indices), 2))),
             "rows": jnp.asarray(noise.indices, jnp.uint32),
         }
         if self.source is None:
@@ -149,7 +155,7 @@ class Ladder:
             state = self._climb(state, conditioning, number)
         latents, sigma, sigma_next = state["latents"], stage.sigmas[i], stage.sigmas[i + 1]
         grid = stage.velocity.grid(latents, conditioning)
-        content = _drawn(state["seed"], i, number=number, layout=stage.velocity.layout, grid=grid)
+        content = drawn(state["seed"][0], i, number=number, layout=stage.velocity.layout, grid=grid)
         change, memory = stage.velocity.advance(params, latents, sigma, conditioning, i, state["method"], content)
         if number and stage.gammas is not None:
             latents = guided_euler(
@@ -162,12 +168,16 @@ class Ladder:
     def latents(self, state: State) -> jax.Array:
         return state["latents"]
 
+    def seen(self, state: State, index: int) -> tuple[jax.Array, float]:
+        number, i = self.where(index)
+        return state["latents"], float(self.levels[number].sigmas[i + 1])
+
     def stages(self) -> tuple[Stage, ...]:
         made = []
         for number, (level, count) in enumerate(zip(self.levels, self.counts, strict=True)):
             if count:
                 grid = level.velocity.grid_of(*level.shape[:2], 0)
-                content = jax.eval_shape(partial(draw, level.velocity.layout, grid=grid), jax.random.key(0))
+                content = jax.eval_shape(partial(draw, level.velocity.layout, grid=grid), key_of(words(0)))
                 made.append(Stage(f"size {number + 1}", count, level.velocity, level.shape, content))
         return tuple(made)
 
@@ -204,4 +214,5 @@ class Ladder:
 
 def _field(state: State, shape: tuple[int, int, int], number: int) -> jax.Array:
     """Gaussian field ``number`` of the run's pictures; 0 starts the run, 2 p and 2 p + 1 belong to stage p."""
-    return initial_noise(int(state["seed"]), [int(row) for row in state["rows"]], shape, number)
+    high, low = (column.astype(np.uint64) for column in np.asarray(state["seed"]).T)
+    return initial_noise((high << np.uint64(32)) + low, np.asarray(state["rows"]), shape, number)

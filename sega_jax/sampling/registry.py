@@ -21,8 +21,13 @@ def get_layout(layout: str | Layout | Crpa | scale_dit.Guided) -> Layout | Crpa 
 
     Raises:
         ValueError: for an unknown name or option; the known ones are listed.
+        TypeError: neither text nor a layout.
     """
     if not isinstance(layout, str):
+        if not isinstance(getattr(layout, "name", None), str) or isinstance(layout, type):
+            raise TypeError(
+                f"layout={layout!r}: expected a name, an expression or a layout; got {type(layout).__name__}"
+            )
         return layout
     if layout.partition("(")[0].strip() in scale_dit.PRESETS:
         return scale_dit.parse(layout.strip())

@@ -382,3 +382,9 @@ class TwoStage:
 
     def latents(self, state: State) -> jax.Array:
         return state["latents"]
+
+    def seen(self, state: State, index: int) -> tuple[jax.Array, float]:
+        first = len(self.low_sigmas) - 1
+        if index < first:
+            return state["low"], float(self.low_sigmas[index + 1])
+        return state["latents"], float(self.sigmas[index - first + 1])

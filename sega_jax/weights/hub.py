@@ -309,3 +309,8 @@ class _Hub:
             raise CheckpointError(f"{folder} is missing")
         if self.weights and (folder / "config.json").is_file():
             weight_paths(folder)
+
+
+def commit_of(model: str, folder: Path) -> str | None:
+    """The commit of a model that came from the hub (its snapshot folder bears it), None for one on disk."""
+    return folder.name if folder.parent.name == "snapshots" and not Path(model).expanduser().exists() else None

@@ -253,5 +253,5 @@ def test_own_method(run, make, place):
     make("--out", "plain.png")
     assert read_metadata("own.png")["positional"] == "cli_test_method:slowed"
     assert (pixels("own.png") != pixels("plain.png")).any()
-    assert run("generate", "--from-image", "own.png")[0] == 0
+    assert run("generate", "--from-image", "own.png", "--trust-code")[0] == 0  # a file names no code unless told so
     assert Path("own-repeat.png").read_bytes() == Path("own.png").read_bytes()

@@ -41,14 +41,14 @@ from tests.cli.helpers import PROMPT, QUICK, files, nothing_is_loaded, refused
         (["x", "--init-image", "no.png"], "init_image='no.png': no such file"),
         (["x", "--guidance", "3"], "guidance=3.0: this checkpoint has no guidance input"),
         (["x", "--true-guidance", "3"], "true_guidance=3.0: needs a negative_prompt"),
-        (["x", "--seed", "-1"], "seed=-1: expected a whole number"),
+        (["x", "--seed", "-2"], "seed=-2: expected a whole number"),
         (["x", "--num-images", "0"], "num_images=0: expected a positive whole number"),
         (["x", "--batch-size", "0"], "batch_size=0: expected a positive whole number"),
         (["x", "--vae", "foo"], "invalid choice 'foo' for argument '--vae'"),
         (["x", "--out", "a.gif"], "out='a.gif': expected a name ending in .png"),
         (["x", "--out", "{foo}.png"], "out='{foo}.png': unknown field {foo}"),
         (["x", "--out", "{seed.png"], "out='{seed.png': cannot be read as a pattern"),
-        (["x", "--out", "none/a.png"], "none: no such folder; create it first"),
+        (["x", "--out", "/dev/null/deep/a.png"], "/dev/null/deep: no folder can be there, /dev/null is none"),
         (["x", "--num-images", "2", "--out", "{seed}.png"], "--out gives 0.png to more than one picture"),
         (["x", "--model", "./missing"], "model './missing': no such folder or file"),
         (["x", "--transformer", "missing"], "transformer='missing': no such folder or file"),
@@ -75,7 +75,7 @@ def test_a_context_scheme_needs_a_mesh(run, monkeypatch):
 def test_no_verb(run):
     assert run()[::2] == (
         2,
-        "sega-jax: error: Expected one of {generate, decode, convert, inspect, plan, methods, bench, doctor}. "
+        "sega-jax: error: Expected one of {generate, decode, convert, inspect, plan, methods, models, bench, doctor}. "
         "(see sega-jax --help)\n",
     )
 

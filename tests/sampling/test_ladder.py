@@ -86,7 +86,7 @@ def test_an_oracle_ends_at_its_own_clean_latent_moved_by_the_last_gamma(seed):
 
 def test_references():
     z = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 3)), jnp.float32)
-    state = {"latents": z, "seed": jnp.uint32(0), "rows": jnp.asarray([0, 1], jnp.uint32)}
+    state = {"latents": z, "seed": jnp.zeros((2, 2), jnp.uint32), "rows": jnp.asarray([0, 1], jnp.uint32)}
 
     def made(reference):
         stage = Level(Oracle(0), FLUX_SIGMAS, (8, 8, 3), reference=reference)

@@ -16,8 +16,10 @@ from sega_jax.cli import outputs
 from sega_jax.cli.console import Phase, progress_bar, say
 from sega_jax.cli.generation import jobs as J
 from sega_jax.cli.generation.jobs import Batch, Job, State
+from sega_jax.cli.generation.previews import Previews
 from sega_jax.media.images import Image
 from sega_jax.media.latents import load_latents, save_latents
+from sega_jax.pipeline.generation import Started, finished
 from sega_jax.pipeline.pipeline import Pipeline, Progress
 from sega_jax.pipeline.planning import regions_map
 from sega_jax.runtime.cache import keep_compiled
@@ -48,10 +50,17 @@ class Engine:
         undecoded: latents files whose pictures are not finished, for the message of an interruption.
     """
 
-    def __init__(self, pipe: Pipeline, total: int, every: int | None = None, resume: bool = False):
+    def __init__(
+        self,
+        pipe: Pipeline,
+        total: int,
+        every: int | None = None,
+        resume: bool = False,
+        previews: Previews | None = None,
+    ):
         """``every``: steps between saves of a run's state, None for none; ``resume``: go on from what is there."""
         self.pipe = pipe
-        self._every, self._resume = every, resume
+        self._every, self._resume, self._previews = every, resume, previews
         self.timings = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
         self.classes: set[tuple] = set()
         self.undecoded: list[Path] = []
@@ -122,6 +131,9 @@ class Engine:
             options |= {"seed": plan.seed, "image_indices": [job.index for job in rows], "vae": first.request.vae}
             if first.request.init_image is not None:
                 options |= {"init_image": Path(first.request.init_image.file).expanduser(), "strength": plan.strength}
+                options |= {"fit": plan.fit}
+                if first.request.mask is not None:
+                    options["mask"] = Path(first.request.mask.file).expanduser()
             elif first.request.init_latents is not None:
                 options["init_latents"] = np.concatenate([self._start(job) for job in rows])
             if plan.ladder is not None:
@@ -149,6 +161,8 @@ class Engine:
 
         def on_step(progress: Progress) -> None:
             nonlocal bar
+            if self._previews is not None:
+                self._previews(progress)
             if bar is None:  # the first step compiles, so the bar and its speed start after it
                 phase.end()
                 bar = progress_bar(progress.total, label, progress.index)
@@ -208,7 +222,9 @@ class Engine:
             pixels = self.pipe.decode(latents, vae=job.request.vae)
             if job.number in self._levels:
                 Image(overlay(pixels[0], self._levels.pop(job.number)), record).save(job.overlay)
-            Image(pixels[0], record).save(job.out)  # last, since its being there says that all is
+            started = Started() if job.request.mask is None else J.started(job.request, job.plan)
+            # last, since its being there says that all is
+            Image(finished(pixels[0], job.plan, started), record).save(job.out)
         self.timings["decode"] += time.perf_counter() - begun
         self.undecoded.remove(job.latents)
         if temporary and not job.keeps_latents:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
@@ -23,7 +22,10 @@ from sega_jax.families.base import Outline
 from sega_jax.families.registry import family_named
 from sega_jax.media.images import read_metadata
 from sega_jax.media.latents import load_latents
+from sega_jax.media.photos import photo_size
 from sega_jax.pipeline import planning
+from sega_jax.pipeline.generation import Started, started_of
+from sega_jax.pipeline.records import file_digest, picture_fields
 from sega_jax.sampling.crpa import Crpa
 from sega_jax.sampling.registry import get_layout
 from sega_jax.sampling.scale_dit import Guided
@@ -72,11 +74,7 @@ class Job:
         return self.request.save_latents is not None
 
 
-@lru_cache(maxsize=64)
-def digest(path: str) -> str:
-    """SHA-256 of a file, which a run reads more than once."""
-    with open(Path(path).expanduser(), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+digest = lru_cache(maxsize=64)(file_digest)  # a run reads files more than once
 
 
 def _pinned(given: FileRow | None, name: str, where: str, row: int | None = None) -> FileRow | None:
@@ -205,7 +203,7 @@ def make_jobs(
     Args:
         requests: in the order of rows.
         outline: of the model.
-        run: fields of the record that all share: dtype, backend, model, revision, transformer.
+        run: fields of the record that all share (`records.model_fields`).
         guidance_lora: what the LoRA of layout scale-dit says about itself; None without one.
 
     Raises:
@@ -235,7 +233,8 @@ def make_jobs(
                 mu=request.mu,
                 strength=request.strength,
                 ladder=request.ladder,
-                from_picture=request.init_image is not None,
+                photo=None if request.init_image is None else photo_size(Path(request.init_image.file).expanduser()),
+                fit=request.fit,
                 guidance_lora=guidance_lora,
             )
         except (ValueError, TypeError) as error:
@@ -250,24 +249,32 @@ def make_jobs(
                 name: value and asdict(value)
                 for name, value in (
                     ("init_image", _pinned(request.init_image, "init_image", where)),
+                    ("mask", _pinned(request.mask, "mask", where)),
                     ("init_latents", _pinned(request.init_latents, "init_latents", where, position)),
                     ("embeddings", _pinned(request.embeddings, "embeddings", where)),
                 )
             }
-            record = {**plan.record(index), **run, **files, "vae": request.vae}
+            if request.mask is not None:
+                try:
+                    started(request, plan)
+                except ValueError as error:
+                    raise ValueError(f"{where}{error}") from error
+            record = picture_fields(plan, index, run, files, request.vae)
             values = {
                 "seed": plan.seed,
                 "index": index,
                 "row": request.row,
-                "width": plan.width,
-                "height": plan.height,
+                "width": record["width"],
+                "height": record["height"],
                 "prompt_slug": outputs.slug(plan.prompt),
             }
-            number = len(jobs) if several else None
-            out = outputs.expand(request.out, number, values)
+            within = position if len(request.indices) > 1 else None
+            among = len(jobs) if several else None
+            out = outputs.expand(request.out, within if "out" in request.own else among, values)
             if request.save_latents is None:
                 latents = outputs.latents_beside(out)
             else:
+                number = within if "save_latents" in request.own else among
                 latents = outputs.expand(request.save_latents, number, values)
             job = Job(len(jobs), request, index, plan, record, out, latents)
             given_latents(job, outline)
@@ -276,6 +283,12 @@ def make_jobs(
     outputs.check_distinct([job.latents for job in jobs], "save-latents")
     outputs.check_folders([path for job in jobs for path in (job.out, job.latents)])
     return jobs
+
+
+def started(request: Request, plan: planning.Plan) -> Started:
+    """The photo and the mask of a request, at the size of its plan."""
+    files = (None if given is None else Path(given.file).expanduser() for given in (request.init_image, request.mask))
+    return started_of(plan, *files)
 
 
 def look(job: Job, overwrite: bool) -> Job:

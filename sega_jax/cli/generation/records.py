@@ -17,11 +17,11 @@ from typing import Any
 _NUMBER, _FILE = (int, float), (dict,)
 # Fields of a record that are used again, with their types; None is allowed for all of them.
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("prompt", "negative_prompt", "positional", "layout", "regions", "ladder"), (str,)),
+    **dict.fromkeys(("prompt", "negative_prompt", "positional", "layout", "regions", "ladder", "fit"), (str,)),
     **dict.fromkeys(("width", "height", "steps", "seed", "image_index", "batch_size"), (int,)),
     **dict.fromkeys(("guidance", "true_guidance", "strength"), _NUMBER),
     **dict.fromkeys(("dtype", "backend", "model", "revision", "transformer", "weights", "vae", "output"), (str,)),
-    **dict.fromkeys(("init_image", "init_latents", "embeddings"), _FILE),
+    **dict.fromkeys(("init_image", "mask", "init_latents", "embeddings"), _FILE),
     "mu": (str, *_NUMBER),
     "loras": (list,),
 }
@@ -30,6 +30,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "weights": ("full", "int8"),
     "vae": ("auto", "plain", "exact", "tiled"),
+    "fit": ("crop", "pad", "stretch"),
 }
 _REVISION = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)*", re.ASCII)  # of git, and of a hub cache's folders
 _LONGEST = 1_000_000  # characters of one field
@@ -62,7 +63,7 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
     for name, least in (("width", 1), ("height", 1), ("steps", 1), ("batch_size", 1), ("image_index", 0), ("seed", 0)):
         if record.get(name) is not None and record[name] < least:
             raise ValueError(f"{where}: {name}={record[name]} in its record; expected at least {least}")
-    for name in ("init_image", "init_latents", "embeddings", "loras"):
+    for name in ("init_image", "mask", "init_latents", "embeddings", "loras"):
         value = record.get(name)
         for entry in value if isinstance(value, list) else [value] if value is not None else []:
             _check_file(entry, f"{where}: {name}", name == "loras")
@@ -71,14 +72,15 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
 
 
 def _check_file(entry: Any, where: str, lora: bool) -> None:
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("file"), str):
+    in_memory = isinstance(entry, Mapping) and not lora and entry.get("file", "") is None  # an array in Python
+    if not isinstance(entry, Mapping) or not (in_memory or isinstance(entry.get("file"), str)):
         raise ValueError(f"{where} in its record; expected an object with a file")
     fields = ("file", "sha256", "weight") if lora else ("file", "row", "sha256")
     unknown = sorted(set(entry) - set(fields))
     wrong = [name for name in fields if _wrong(entry.get(name), _FILE_TYPES[name]) or (lora and name not in entry)]
     if unknown or wrong:
         raise ValueError(f"{where} in its record: {', '.join(map(repr, unknown or wrong))}; expected {fields}")
-    check_text(entry["file"], where)
+    check_text(entry["file"] or "", where)
     row = entry.get("row")
     if row is not None and row < 0:
         raise ValueError(f"{where}: row={row} in its record; expected a whole number from 0")

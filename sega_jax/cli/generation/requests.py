@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sega_jax.cli.generation.prompts import read_prompts
 from sega_jax.cli.generation.records import check_record, check_text
 from sega_jax.cli.outputs import check_pattern
+from sega_jax.media.photos import check_fit
+from sega_jax.sampling.keys import chosen_seed
 
 # The types a value may have in a JSON row; the order of the fields is the order of the documentation.
 ROW_SCHEMA: dict[str, tuple[type, ...]] = {
     "prompt": (str,),
     "negative_prompt": (str,),
     "size": (int, str),
+    "width": (int,),
+    "height": (int,),
     "positional": (str,),
     "layout": (str,),
     "regions": (str,),
     "steps": (int,),
     "guidance": (int, float),
     "true_guidance": (int, float),
-    "seed": (int,),
+    "seed": (int, str),
     "num_images": (int,),
     "mu": (str, int, float),
     "init_image": (str,),
+    "fit": (str,),
+    "mask": (str,),
     "strength": (int, float),
     "ladder": (str,),
     "init_latents": (str,),
@@ -38,20 +44,17 @@ ROW_SCHEMA: dict[str, tuple[type, ...]] = {
 }
 
 
-LARGEST_FILE = 100_000_000  # bytes of prompts
-
-
 @dataclass(frozen=True)
 class FileRow:
     """A row of a file of arrays.
 
     Attributes:
-        file: path as it was given.
+        file: path as it was given; None for what was an array in Python.
         row: which row; None: all of them, one per picture.
         sha256: what the file's content must be, if that is known.
     """
 
-    file: str
+    file: str | None
     row: int | None = None
     sha256: str | None = None
 
@@ -63,9 +66,11 @@ class Request:
     Attributes:
         where: prefix of complaints: file and line, or nothing.
         row: number of the row, from 0.
-        size: (width, height) in pixels, or None for the trained size.
+        size: (width, height) in pixels, or None for the default; a side that is None follows from the other's.
         indices: image indices to make.
+        fit: how ``init_image`` is brought to size, or a size of no whole tokens made.
         strength: of an image-to-image run, None for its default.
+        own: names of ``out`` and ``save_latents`` that a row of a file gives for itself, not for all rows.
         Other fields as in `Pipeline.generate`, None where the recipe decides.
     """
 
@@ -74,7 +79,7 @@ class Request:
     prompt: str
     indices: tuple[int, ...]
     negative_prompt: str | None = None
-    size: tuple[int, int] | None = None
+    size: tuple[int | None, int | None] | None = None
     positional: str = "auto"
     layout: str = "dense"
     regions: str | None = None
@@ -83,14 +88,17 @@ class Request:
     true_guidance: float | None = None
     seed: int = 0
     mu: Any = None
+    fit: str | None = None
     strength: float | None = None
     ladder: str | None = None
     init_image: FileRow | None = None
+    mask: FileRow | None = None
     init_latents: FileRow | None = None
     embeddings: FileRow | None = None
     vae: str = "auto"
     out: str = "out.png"
     save_latents: str | None = None
+    own: frozenset[str] = frozenset()
 
 
 def parse_size(value: str | int) -> tuple[int, int]:
@@ -122,40 +130,16 @@ def parse_mu(value: str | float) -> str | float:
     return number
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return dict(pairs)
-
-
 def read_rows(path: Path) -> list[tuple[int, dict]]:
-    """Line numbers (from 1) and objects of a JSON-lines file; empty lines are skipped.
+    """Line numbers (from 1) and rows of a file of prompts (`prompts.read_prompts`), their keys and types checked.
 
     Raises:
-        ValueError: for a line that is no JSON object, an unknown key, or a value of the wrong type; a file that is
-            larger than any list of prompts.
+        ValueError: for a line that cannot be read, an unknown key, or a value of the wrong type.
         OSError: if it cannot be read.
     """
     rows = []
-    try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
-            raise ValueError(f"{path}: more than {LARGEST_FILE} bytes of prompts; split the file")
-        lines = content.decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); expected one JSON object per line") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, row in read_prompts(path):
         where = f"{path} line {number}"
-        try:
-            row = json.loads(line, object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not valid JSON ({error}); expected one object per line") from error
-        if not isinstance(row, dict):
-            raise ValueError(f'{where}: expected an object such as {{"prompt": "…"}}, got {type(row).__name__}')
         unknown = sorted(set(row) - set(ROW_SCHEMA))
         if unknown:
             raise ValueError(f"{where}: unknown keys {', '.join(unknown)}; known: {', '.join(ROW_SCHEMA)}")
@@ -164,13 +148,16 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
                 expected = " or ".join("number" if t is float else t.__name__ for t in ROW_SCHEMA[name])
                 raise ValueError(f"{where}: {name}={value!r}: expected {expected}")
         rows.append((number, {name: value for name, value in row.items() if value is not None}))
-    if not rows:
-        raise ValueError(f"{path}: no rows; expected one JSON object per line")
     return rows
 
 
 def build(
-    values: Mapping[str, Any], *, where: str = "", row: int = 0, indices: tuple[int, ...] | None = None
+    values: Mapping[str, Any],
+    *,
+    where: str = "",
+    row: int = 0,
+    indices: tuple[int, ...] | None = None,
+    own: frozenset[str] = frozenset(),
 ) -> Request:
     """A request from fields of `ROW_SCHEMA`, checked.
 
@@ -179,17 +166,20 @@ def build(
         where: prefix of complaints.
         row: number of the row.
         indices: image indices instead of ``range(num_images)``.
+        own: as in `Request`.
 
     Raises:
         ValueError: for the first field that no model could serve.
     """
     try:
-        return _build(dict(values), where, row, indices)
+        return _build(dict(values), where, row, indices, own)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
 
-def _build(values: dict[str, Any], where: str, row: int, indices: tuple[int, ...] | None) -> Request:
+def _build(
+    values: dict[str, Any], where: str, row: int, indices: tuple[int, ...] | None, own: frozenset[str]
+) -> Request:
     from sega_jax.pipeline.planning import MOST_IMAGES
 
     count = values.pop("num_images", 1)
@@ -197,11 +187,18 @@ def _build(values: dict[str, Any], where: str, row: int, indices: tuple[int, ...
         raise ValueError(f"num_images={count}: expected a positive whole number")
     if count > MOST_IMAGES:
         raise ValueError(f"num_images={count}: expected at most {MOST_IMAGES}; vary the seed for more")
+    sides = values.pop("width", None), values.pop("height", None)
     if "size" in values:
+        if sides != (None, None):
+            raise ValueError(f"size={values['size']!r} with a width or height; give one of the two")
         values["size"] = parse_size(values["size"])
+    elif sides != (None, None):
+        values["size"] = sides
     if "mu" in values:
         values["mu"] = parse_mu(values["mu"])
-    for name in ("init_image", "init_latents", "embeddings"):
+    if "seed" in values:
+        values["seed"] = chosen_seed(values["seed"])
+    for name in ("init_image", "mask", "init_latents", "embeddings"):
         if isinstance(values.get(name), str):
             values[name] = FileRow(values[name])
     if "prompt" not in values:
@@ -211,9 +208,16 @@ def _build(values: dict[str, Any], where: str, row: int, indices: tuple[int, ...
     for name, value in values.items():
         if isinstance(value, str):
             check_text(value, name)
-    request = Request(where, row, indices=tuple(range(count)) if indices is None else indices, **values)
+    request = Request(where, row, indices=tuple(range(count)) if indices is None else indices, own=own, **values)
     check(request)
     return request
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with those of ``over`` in their place; a size replaces sides, and sides a size."""
+    sides = {"width", "height"}
+    dropped = sides if "size" in over else {"size"} if sides & over.keys() else set()
+    return {name: value for name, value in base.items() if name not in dropped} | dict(over)
 
 
 def check(request: Request) -> None:
@@ -230,8 +234,7 @@ def check(request: Request) -> None:
 
     if request.steps is not None:
         check_steps(request.steps)
-    if not 0 <= request.seed < 2**32:
-        raise ValueError(f"seed={request.seed}: expected a whole number from 0 to {2**32 - 1}")
+    check_fit(request.fit)
     for name in ("guidance", "true_guidance"):
         value = getattr(request, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
@@ -241,6 +244,8 @@ def check(request: Request) -> None:
             raise ValueError(f"strength={request.strength}: only with an init_image")
         if not 0 < request.strength <= 1:
             raise ValueError(f"strength={request.strength}: expected a number above 0 and at most 1")
+    if request.mask is not None and request.init_image is None:
+        raise ValueError(f"mask={request.mask.file!r}: only with an init_image")
     if request.init_image is not None and request.init_latents is not None:
         raise ValueError("init_image and init_latents are both given; a run starts from one of them")
     if request.vae not in ("auto", "plain", "exact", "tiled"):
@@ -255,7 +260,7 @@ def check(request: Request) -> None:
     check_pattern(request.out, (".png", ".jpg", ".jpeg", ".webp"), "out")
     if request.save_latents is not None:
         check_pattern(request.save_latents, (".safetensors",), "save_latents")
-    for name in ("init_image", "init_latents", "embeddings"):
+    for name in ("init_image", "mask", "init_latents", "embeddings"):
         file = getattr(request, name)
         if file is not None and not Path(file.file).expanduser().is_file():
             raise ValueError(f"{name}={file.file!r}: no such file")
@@ -271,21 +276,35 @@ NEEDED = (
 INCIDENTAL = ("sega_jax", "jax", "device", "mesh", "batch_size")
 
 
-def from_record(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Fields of a request that repeats the picture with this record; ``where`` names the file.
+def from_record(record: Mapping[str, Any], where: str, replaced: Collection[str] = ()) -> dict[str, Any]:
+    """Fields of a request that repeats the picture with this record.
+
+    Args:
+        record: of the picture.
+        where: names its file.
+        replaced: fields that are given anew.
 
     Raises:
-        ValueError: the record lacks something.
+        ValueError: the record lacks something, or the picture started from what was in memory only.
     """
     missing = [name for name in NEEDED if name not in record]
     if missing:
         raise ValueError(f"{where}: its record lacks {', '.join(missing)}, so the picture cannot be repeated exactly")
     check_record(record, where)
     # Where pictures go is for the person at the keyboard to say.
-    used = [name for name in ROW_SCHEMA if name not in ("size", "num_images", "out", "save_latents")]
+    used = [name for name in ROW_SCHEMA if name not in ("size", "width", "height", "num_images", "out", "save_latents")]
     values = {name: record[name] for name in used if name in record}
     values["size"] = f"{record['width']}x{record['height']}"
-    for name in ("init_image", "init_latents", "embeddings"):
-        if isinstance(record[name], Mapping):
+    for name in ("init_image", "mask", "init_latents", "embeddings"):
+        if isinstance(record.get(name), Mapping):
             values[name] = FileRow(**record[name])
+            if values[name].file is None and name not in replaced:
+                raise ValueError(
+                    f"{where} was made in Python with {name} in memory, which no file holds; save it and give "
+                    f"--{name.replace('_', '-')}"
+                )
+    if record["init_image"] is not None:
+        values.setdefault("fit", "stretch")  # what was done before records said so
+    if set(replaced) & {"init_image", "init_latents", "size", "width", "height", "ladder"}:  # it was meant for others
+        values.pop("fit", None)
     return {name: value for name, value in values.items() if value is not None}

@@ -18,8 +18,9 @@ def _mu(plan: Any) -> str:
 def recipe_line(job: Any) -> str:
     plan = job.plan
     auto = " (auto)" if job.request.positional == "auto" else ""
+    cut = "" if plan.shown is None else f", cut to {plan.shown[0]}x{plan.shown[1]}"
     parts = [
-        f"{plan.width}x{plan.height}: positional {plan.positional}{auto}",
+        f"{plan.width}x{plan.height}{cut}: positional {plan.positional}{auto}",
         f"mu {_mu(plan)}",
         f"{plan.steps} steps",
     ]
