@@ -33,7 +33,7 @@ def parts(nano):
 
 def assert_same(ours, theirs, *names):
     for name in names or COMPONENTS:
-        a, b = (getattr(parts, name).params for parts in (ours, theirs))
+        a, b = ((parts.encoders.get(name) or getattr(parts, name)).params for parts in (ours, theirs))
         assert jax.tree.structure(a) == jax.tree.structure(b)
         for path, leaf in jax.tree.leaves_with_path(a):
             np.testing.assert_array_equal(np.asarray(leaf), np.asarray(dict(jax.tree.leaves_with_path(b))[path]))
