@@ -146,9 +146,13 @@ def generate(pipe: Pipeline, request: Request) -> Result:
     started = _started(pipe, plans[0], inputs, len(jobs))
     run = _Run(pipe, request, plans, started)
     conditioning = run.encoded(prompts, negatives)
-    batches = [jobs] if run.mixes_seeds() else [list(group) for _, group in groupby(jobs, lambda job: seeds[job.row])]
-    for group in batches:
-        sampler = run.sampler(plans[group[0].row])
+    samplers = {seeds[0]: run.sampler(plans[0])}
+    # Where more than the first noise is drawn, pictures of several seeds cannot share a model call.
+    shared = started.source is None and isinstance(samplers[seeds[0]], Euler)
+    groups = [jobs] if shared else [list(group) for _, group in groupby(jobs, lambda job: seeds[job.row])]
+    for group in groups:
+        seed, plan = seeds[group[0].row], plans[group[0].row]
+        sampler = samplers[seed] = samplers.get(seed) or run.sampler(plan)
         for first in range(0, len(group), size):
             batch = group[first : first + size]
             run.make(sampler, batch, min(size, len(group)), conditioning)
@@ -241,10 +245,6 @@ class _Run:
             self.request.vae,
             self.started.mask,
         )
-
-    def mixes_seeds(self) -> bool:
-        """Whether pictures of several seeds can share a model call: not where more than the first noise is drawn."""
-        return self.started.source is None and isinstance(self.sampler(self.plans[0]), Euler)
 
     def make(self, sampler: Sampler, batch: list[Job], rows: int, conditioning: Conditioning) -> None:
         """Pictures of one model call of ``rows`` rows; the last job fills those that are left over."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image as pillow
 
-from sega_jax.media.images import read_metadata
+from sega_jax.media.images import Image, read_metadata
 from tests.cli.helpers import PROMPT, files, nothing_is_loaded, pixels
 
 SMALL = {"width": 64, "height": 64, "steps": 2}
@@ -98,6 +98,28 @@ def test_what_was_in_memory_only_is_asked_for(run, pipe, photo):
     code, _, err = run("generate", "--from-image", "python.png", "--init-image", photo)
     assert code == 0, err
     np.testing.assert_array_equal(pixels("python-repeat.png"), pixels("python.png"))
+
+
+def test_regions_drawn_in_memory_are_asked_for(run, pipe):
+    drawn = np.zeros((64, 64), bool)
+    drawn[16:48, 16:48] = True
+    pipe.generate(PROMPT, layout="crpa", regions=drawn, **{**SMALL, "steps": 4}).images[0].save("python.png")
+    code, _, err = run("generate", "--from-image", "python.png", "--dry-run")
+    assert (code, "made in Python with regions drawn as an array" in err) == (2, True)
+    (plan,) = planned(run, "--from-image", "python.png", "--regions", "center:0.3")
+    assert plan["record"]["regions"] == "center:0.3"
+
+
+def test_records_from_before_say_nothing_of_shapes(run, make, photo):
+    """They were stretched, and are again."""
+    make("--init-image", photo, "--size", "64", "--fit", "stretch", "--out", "now.png")
+    record = read_metadata("now.png")
+    assert record.pop("fit") == "stretch"
+    Image(pixels("now.png"), record).save("before.png")
+    (plan,) = planned(run, "--from-image", "before.png")
+    assert plan["record"]["fit"] == "stretch"
+    code, _, err = run("generate", "--from-image", "before.png", "--size", "96", "--dry-run")
+    assert (code, "another shape" in err) == (2, True)
 
 
 def test_noise_and_embeddings_in_memory_are_recorded(pipe):

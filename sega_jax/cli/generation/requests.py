@@ -276,6 +276,9 @@ NEEDED = (
 INCIDENTAL = ("sega_jax", "jax", "device", "mesh", "batch_size")
 
 
+IN_MEMORY = "mask:array@"  # how `sampling.regions.Drawn` names what came from no file
+
+
 def from_record(record: Mapping[str, Any], where: str, replaced: Collection[str] = ()) -> dict[str, Any]:
     """Fields of a request that repeats the picture with this record.
 
@@ -303,6 +306,11 @@ def from_record(record: Mapping[str, Any], where: str, replaced: Collection[str]
                     f"{where} was made in Python with {name} in memory, which no file holds; save it and give "
                     f"--{name.replace('_', '-')}"
                 )
+    if IN_MEMORY in str(record.get("regions")) and "regions" not in replaced:
+        raise ValueError(
+            f"{where} was made in Python with regions drawn as an array, which no file holds; save them as a picture "
+            "and give --regions mask:FILE"
+        )
     if record["init_image"] is not None:
         values.setdefault("fit", "stretch")  # what was done before records said so
     if set(replaced) & {"init_image", "init_latents", "size", "width", "height", "ladder"}:  # it was meant for others
