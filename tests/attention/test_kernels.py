@@ -18,6 +18,7 @@ from sega_jax.attention.kernels import (
     Refusal,
     Request,
     choose,
+    chunks,
     contract,
     cudnn,
     explain,
@@ -158,8 +159,8 @@ def check(out, lse, request: Request, visible) -> None:
     assert np.abs(lse - expected_lse).max() <= bound * max(1.0, np.abs(expected_lse).max())
 
 
-SMALL = replace(xla.CPU, scores=32 * 48, keys=48, fetch=24)  # several chunks of queries and keys at these sizes
-SMALL_TOGETHER = replace(xla.OTHER, scores=6 * 32 * 48, keys=48, fetch=16)
+SMALL = replace(chunks.CPU, scores=32 * 48, keys=48, fetch=24)  # several chunks of queries and keys at these sizes
+SMALL_TOGETHER = replace(chunks.OTHER, scores=6 * 32 * 48, keys=48, fetch=16)
 CPU_SHAPES = {"depths": (4, 7, 24, 128), "widths": (5, 8, 40)}
 RUNS = {  # kernels and how many shapes to draw; compiling an interpreted kernel takes seconds, see the slow test
     "reference": (reference.run, 10, {}),
@@ -206,7 +207,7 @@ def skip_without_compiler() -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_forward(name, monkeypatch):
-    monkeypatch.setattr(xla, "ALIGN", 8)
+    monkeypatch.setattr(chunks, "ALIGN", 8)
     run, draws, shapes = RUNS[name]
     if name.startswith("cpu"):
         skip_without_compiler()
@@ -232,7 +233,7 @@ def test_forward_of_the_tpu_kernel_on_sixty_shapes():
 @pytest.mark.parametrize("plan", [SMALL, SMALL_TOGETHER], ids=["separate", "together"])
 def test_gradients(plan, monkeypatch):
     """Cotangents through out and lse, against float64; a query without keys passes none on."""
-    monkeypatch.setattr(xla, "ALIGN", 8)
+    monkeypatch.setattr(chunks, "ALIGN", 8)
 
     def body(case):
         request, visible = case.request()
@@ -312,7 +313,7 @@ def test_memory_is_linear(backward, block):
         run = jax.jit(jax.grad(loss, (0, 1, 2)) if backward else forward)
         return run.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
 
-    plan = replace(xla.CPU, scores=512 * 1_024, keys=1_024)
+    plan = replace(chunks.CPU, scores=512 * 1_024, keys=1_024)
     four, eight, sixteen = (temporary(n, plan) for n in (4_096, 8_192, 16_384))
     assert sixteen < 16_384**2
     assert sixteen - eight <= 2.2 * max(eight - four, 4_096 * 2 * 32 * 4)
@@ -380,7 +381,7 @@ def test_exponentials_of_the_cpu_path():
     x = np.linspace(xla.LOWEST, xla.LIMIT, 200_001).astype(np.float32)
     exact = np.exp(x.astype(np.float64))
     for dtype, bound in ((jnp.float32, 1.2e-6), (jnp.bfloat16, 2.0**-8 + 1e-4)):
-        got = np.asarray(jax.jit(lambda x, dtype=dtype: xla._exponential(x, dtype, xla.CPU))(x), np.float64)
+        got = np.asarray(jax.jit(lambda x, dtype=dtype: xla._exponential(x, dtype, chunks.CPU))(x), np.float64)
         assert np.abs(got / exact - 1).max() < bound
 
 

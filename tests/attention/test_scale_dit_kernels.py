@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sega_jax.attention.kernels import Request, tpu, xla
+from sega_jax.attention.kernels import Request, chunks, tpu, xla
 from sega_jax.layouts.scale_dit import block_map, units
 
 SCALE = 0.125
@@ -46,7 +46,7 @@ def test_the_xla_path_equals_masked_dense_attention_in_rectangles(mask, heights)
     total = text + side * side + side * side // 16
     q, k, v = operands(total)
     blocks = block_map(side, side, text, mask)
-    assert {part.height for part in xla._suited(blocks, total, xla.CPU)} == heights
+    assert {part.height for part in chunks.suited(blocks, total, chunks.CPU)} == heights
 
     def run(q, k, v):
         return xla.run(Request(q, k, v, SCALE, None, blocks))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sega_jax.attention import bench
-from sega_jax.attention.kernels import Request, reference, registered, tiles, xla
+from sega_jax.attention.kernels import Request, chunks, reference, registered, tiles, xla
 from sega_jax.attention.kernels.tiles import Entry
 from sega_jax.cli import Bench
 from sega_jax.layouts.blocks import from_mask
@@ -74,7 +74,7 @@ def test_a_broken_file_is_named(device, content):
 
 def test_a_kernel_takes_the_measured_tile(device, monkeypatch):
     seen = []
-    monkeypatch.setattr(xla, "_dense_visits", lambda *a, real=xla._dense_visits: seen.append(a[-1]) or real(*a))
+    monkeypatch.setattr(xla, "dense_visits", lambda *a, real=chunks.dense_visits: seen.append(a[-1]) or real(*a))
     asked = request(100)
     expected = reference.run(asked)
     for tile in (None, (32, 48)):

@@ -24,69 +24,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sega_jax.attention.kernels.chunks import (
+    CPU,
+    OTHER,
+    Plan,
+    Visits,
+    as_float,
+    chunk_of,
+    dense_visits,
+    raw,
+    sparse_visits,
+    suited,
+)
 from sega_jax.attention.kernels.contract import Kernel, Refusal, Request, Tile, accumulator, platform
-from sega_jax.attention.kernels.rectangles import Rectangles, rectangles, rows
+from sega_jax.attention.kernels.rectangles import Rectangles
 from sega_jax.attention.kernels.tiles import tuned
-from sega_jax.layouts.blocks import BlockMap, halved
 
-ALIGN = 128
 LOG2_E = 1 / math.log(2.0)
 ROUNDING = 1.5 * 2.0**23  # a float32 plus this ends in its nearest integer
 ROUNDING_BITS = int(np.float32(ROUNDING).view(np.int32))
 LN_2_HIGH, LN_2_LOW = 0.693359375, -2.12194440e-4  # the first has so few bits that small multiples are exact
 LOWEST = -87.0  # weights below e^-87 are zero: beside a weight of 1 they are nothing, and polynomials end there
-NARROWEST = 64  # no block is cut into fewer keys
-FEWEST = 512  # rows that differ join for so many common keys
 LIMIT = 60.0  # largest logit whose weights need no maximum: sums of 1e6 of them stay below float32's e^88
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the work is cut.
-
-    Attributes:
-        separate: one (sample, head) at a time instead of all of them in one batched product.
-        scores: number of scores in flight.
-        keys: longest key chunk of a dense call.
-        fetch: most keys that 512 queries fetch together under a block map; more queries fetch fewer.
-        tallest: most queries that rows of a block map join to.
-        polynomial: weights by `_quintic_exponential` and `_cubic_power` instead of XLA's exponential.
-    """
-
-    separate: bool
-    scores: int
-    keys: int
-    fetch: int
-    tallest: int
-    polynomial: bool
-
-
-CPU = Plan(separate=True, scores=1_024 * 4_096, keys=8_192, fetch=2_048, tallest=1_024, polynomial=True)
-OTHER = Plan(separate=False, scores=16 * 1024 * 1024, keys=4_096, fetch=1_024, tallest=0, polynomial=False)
 
 
 def supports(request: Request) -> Refusal | None:
     del request
     return None
-
-
-def _raw(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
-
-
-def _float(raw: jax.Array, dtype) -> jax.Array:
-    return raw if raw.dtype == dtype else jax.lax.bitcast_convert_type(raw, dtype)
-
-
-def _chunk(raw: jax.Array, start, size: int, dtype) -> jax.Array:
-    return _float(jax.lax.dynamic_slice_in_dim(raw, start, size), dtype)
 
 
 def _nearest(x: jax.Array) -> jax.Array:
@@ -154,141 +125,6 @@ def _bounded(q: jax.Array, k: jax.Array, scale: float) -> jax.Array | bool:
     return scale * longest(q) * longest(k) <= LIMIT
 
 
-@dataclass(frozen=True)
-class _Visits:
-    """Which keys a chunk of queries meets, in how many steps.
-
-    Attributes:
-        chunk_q: queries per chunk.
-        chunks: number of query chunks.
-        start: chunk -> its first query.
-        fresh: chunk -> the first of its queries that no earlier chunk had; None where other visits add to the same
-            queries.
-        steps: ``(i, length) -> number of steps`` of chunk i (may be traced).
-        whole: ``(i, length) -> number of leading steps`` in which every query sees every key (may be traced).
-        take: ``(x [Nk, D], i, j) -> [chunk_k, D]``, the keys of step j.
-        add: ``(x, i, j, update) -> x`` with the update added where `take` reads.
-        mask: ``(i, j, length) -> bool`` broadcastable to [chunk_q, chunk_k]; length i32 or None.
-    """
-
-    chunk_q: int
-    chunks: int
-    start: Callable
-    fresh: Callable | None
-    steps: Callable
-    whole: Callable
-    take: Callable
-    add: Callable
-    mask: Callable
-
-
-def _cut(total: int, longest: int) -> tuple[int, int]:
-    """Length and number of equal chunks that cover ``total``; where there are several, lengths are aligned."""
-    count = -(-total // longest)
-    length = -(-total // count)
-    length = length if count == 1 else min(total, -(-length // ALIGN) * ALIGN)
-    return length, -(-total // length)
-
-
-def _dense_visits(queries: int, keys: int, planes: int, plan: Plan) -> _Visits:
-    chunk_k, steps = _cut(keys, plan.keys)
-    chunk_q, chunks = _cut(queries, max(1, plan.scores // (planes * chunk_k)))
-
-    def start_k(j):
-        return jnp.minimum(j * chunk_k, keys - chunk_k)
-
-    def take(x, i, j):
-        del i
-        return x if steps == 1 else _chunk(_raw(x), start_k(j), chunk_k, x.dtype)
-
-    def add(x, i, j, update):
-        if steps == 1:
-            return x + update
-        return jax.lax.dynamic_update_slice_in_dim(x, take(x, i, j) + update, start_k(j), 0)
-
-    def mask(i, j, length):
-        del i
-        position = (start_k(j) + jnp.arange(chunk_k))[None, :]
-        visible = position >= j * chunk_k
-        return visible if length is None else visible & (position < length)
-
-    def count(i, length):
-        del i
-        return steps if length is None else jnp.minimum(steps, -(-length // chunk_k))
-
-    def whole(i, length):
-        del i
-        return (keys if length is None else jnp.minimum(keys, length)) // chunk_k
-
-    def start_q(i):
-        return jnp.minimum(i * chunk_q, queries - chunk_q)
-
-    return _Visits(chunk_q, chunks, start_q, lambda i: i * chunk_q, count, whole, take, add, mask)
-
-
-def _suited(blocks: BlockMap, keys: int, plan: Plan) -> tuple[Rectangles, ...]:
-    """The map in the blocks and rectangles that are quickest here; a traced one as it is."""
-    if isinstance(blocks.count, jax.core.Tracer):
-        return (rows(blocks),)
-    if plan.separate and len(blocks.patterns) and blocks.block_k >= 2 * NARROWEST:
-        blocks = halved(blocks, keys) or blocks
-    return rectangles(blocks, keys, plan.tallest, FEWEST)
-
-
-def _together(part: Rectangles, plan: Plan) -> int:
-    """Blocks fetched together: as many as make the visits cheapest.
-
-    A step costs two blocks by itself, and a last one that is not full, for it has a mask, half as much again.
-    """
-    longest = part.columns.shape[1]
-    most = max(1, min(longest, plan.fetch // max(1, part.height // 512) // part.block_k))
-    return min(range(most, 0, -1), key=lambda n: -(-longest // n) * (n + 2) + (n / 2 if longest % n else 0))
-
-
-def _sparse_visits(part: Rectangles, keys: int, plan: Plan) -> _Visits:
-    """Of ``keys`` keys, those that pad the last block are never seen."""
-    height, side = part.height, part.block_k
-    longest = part.columns.shape[1]
-    group = _together(part, plan)
-    steps = -(-longest // group)
-    start, count, columns, pattern = (jnp.asarray(x) for x in (part.start, part.count, part.columns, part.pattern))
-    # one group more than is visited: were a step's slice the whole row, XLA would compute it before each of two loops
-    extra = ((0, 0), (0, (steps + 1) * group - longest))
-    columns, pattern = jnp.pad(columns, extra), jnp.pad(pattern, extra)
-    patterns = jnp.concatenate([jnp.ones((1, height, side), bool), jnp.asarray(part.patterns)])
-
-    def met(i, j):
-        return jax.lax.dynamic_slice(columns, (i, j * group), (1, group))[0]
-
-    def take(x, i, j):
-        blocks = _raw(x).reshape(-1, side * x.shape[-1])  # copied as rows: joined slices would be copied by value
-        return _float(blocks[met(i, j)].reshape(group * side, -1), x.dtype)
-
-    def add(x, i, j, update):
-        blocks = x.reshape(-1, side * x.shape[-1])
-        return blocks.at[met(i, j)].add(update.reshape(group, -1)).reshape(x.shape)
-
-    def mask(i, j, length):
-        slot = j * group + jnp.arange(group)
-        position = met(i, j)[:, None] * side + jnp.arange(side)[None, :]
-        visible = (slot < count[i])[:, None] & (position < (keys if length is None else length))
-        visible = visible.reshape(1, group * side)
-        if len(part.patterns):
-            kinds = jax.lax.dynamic_slice(pattern, (i, j * group), (1, group))[0]
-            visible = visible & patterns[kinds].swapaxes(0, 1).reshape(height, group * side)
-        return visible
-
-    def number(i, length):
-        del length
-        return steps if part.uniform else -(-count[i] // group)
-
-    def whole(i, length):
-        del i
-        return part.whole // group if length is None else 0
-
-    return _Visits(height, len(part.start), lambda i: start[i], None, number, whole, take, add, mask)
-
-
 def _product(x: jax.Array, y: jax.Array, contract: tuple[int, int], wide) -> jax.Array:
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, y, dims, preferred_element_type=wide)
@@ -299,7 +135,7 @@ def _scores(q: jax.Array, k: jax.Array, mask: jax.Array | None, wide) -> jax.Arr
     return scores if mask is None else jnp.where(mask, scores, -jnp.inf)
 
 
-def _forward_plane(q, k, v, length, visits: list[_Visits], scale: float, plan: Plan):
+def _forward_plane(q, k, v, length, visits: list[Visits], scale: float, plan: Plan):
     """One sample and head: q [Nq, D], k [Nk, D], v [Nk, Dv], length i32 or None -> (out, lse [Nq])."""
     sweep = partial(_sweep, q, k, v, length, visits, scale, plan)
     if not plan.separate:  # batched over planes a branch would compute both sides
@@ -307,14 +143,14 @@ def _forward_plane(q, k, v, length, visits: list[_Visits], scale: float, plan: P
     return jax.lax.cond(_bounded(q, k, scale), partial(sweep, bounded=True), partial(sweep, bounded=False))
 
 
-def _sweep(q, k, v, length, visits: list[_Visits], scale: float, plan: Plan, *, bounded: bool):
+def _sweep(q, k, v, length, visits: list[Visits], scale: float, plan: Plan, *, bounded: bool):
     """`_forward_plane` with weights relative to a running maximum, or, ``bounded``, as they are."""
     dtype, wide = q.dtype, accumulator(q.dtype)
-    raw_q = _raw(q)
+    bits_q = raw(q)
 
-    def chunk(part: _Visits, i, results):
+    def chunk(part: Visits, i, results):
         at, size = part.start(i), part.chunk_q
-        q_chunk = _chunk(raw_q, at, size, dtype)
+        q_chunk = chunk_of(bits_q, at, size, dtype)
 
         def attended(weights, j):
             weights = jax.lax.optimization_barrier(weights)  # else XLA computes them for the product and for the sum
@@ -356,17 +192,17 @@ def _sweep(q, k, v, length, visits: list[_Visits], scale: float, plan: Plan, *, 
     return (acc / safe[:, None]).astype(dtype), jnp.where(empty, -jnp.inf, lse)
 
 
-def _backward_plane(q, k, v, out, lse, d_out, d_lse, length, visits: list[_Visits], scale: float):
+def _backward_plane(q, k, v, out, lse, d_out, d_lse, length, visits: list[Visits], scale: float):
     """Cotangents of q, k, v of one sample and head; ``d score = weight * (d_out . v - d_out . out + d_lse)``."""
     dtype, wide = q.dtype, accumulator(q.dtype)
     offset = d_lse - (d_out.astype(wide) * out.astype(wide)).sum(-1)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # a query without keys: all its weights are zero
-    raw_q, raw_d = _raw(q), _raw(d_out)
+    bits_q, bits_d = raw(q), raw(d_out)
 
-    def chunk(part: _Visits, i, state):
+    def chunk(part: Visits, i, state):
         dq, dk, dv = state
         start, size = part.start(i), part.chunk_q
-        q_chunk, d_chunk = _chunk(raw_q, start, size, dtype), _chunk(raw_d, start, size, dtype)
+        q_chunk, d_chunk = chunk_of(bits_q, start, size, dtype), chunk_of(bits_d, start, size, dtype)
         shift = jax.lax.dynamic_slice_in_dim(lse, start, size)
         if part.fresh:  # rows of an overlap count once
             shift = jnp.where(start + jnp.arange(size) >= part.fresh(i), shift, jnp.inf)
@@ -409,12 +245,12 @@ def _over_planes(plane: Callable, arrays: tuple[jax.Array, ...], length: jax.Arr
         p, *whole = jax.lax.optimization_barrier((p, *arrays))
         b, h = p // heads, p % heads
         parts = [
-            jax.lax.dynamic_slice(_raw(x), (b, 0, h, *(0,) * (x.ndim - 3)), (1, x.shape[1], 1, *x.shape[3:]))
+            jax.lax.dynamic_slice(raw(x), (b, 0, h, *(0,) * (x.ndim - 3)), (1, x.shape[1], 1, *x.shape[3:]))
             for x in whole
         ]
         # the barrier keeps the bound on the logits from slicing q and k a second time
         parts = jax.lax.optimization_barrier([x.reshape(x.shape[1], *x.shape[3:]) for x in parts])
-        parts = [_float(x, a.dtype) for x, a in zip(parts, arrays, strict=True)]
+        parts = [as_float(x, a.dtype) for x, a in zip(parts, arrays, strict=True)]
         return plane(*parts, None if length is None else length[b])
 
     shapes = jax.eval_shape(one, 0)
@@ -422,19 +258,19 @@ def _over_planes(plane: Callable, arrays: tuple[jax.Array, ...], length: jax.Arr
     def body(p, results):
         b, h = p // heads, p % heads
         return tuple(
-            jax.lax.dynamic_update_slice(r, _raw(x)[None, :, None], (b, 0, h, *(0,) * (r.ndim - 3)))
+            jax.lax.dynamic_update_slice(r, raw(x)[None, :, None], (b, 0, h, *(0,) * (r.ndim - 3)))
             for r, x in zip(results, one(p), strict=True)
         )
 
-    empty = tuple(_raw(jnp.zeros((batch, s.shape[0], heads, *s.shape[1:]), s.dtype)) for s in shapes)
+    empty = tuple(raw(jnp.zeros((batch, s.shape[0], heads, *s.shape[1:]), s.dtype)) for s in shapes)
     results = jax.lax.fori_loop(0, batch * heads, body, empty)
-    return tuple(_float(r, s.dtype) for r, s in zip(results, shapes, strict=True))
+    return tuple(as_float(r, s.dtype) for r, s in zip(results, shapes, strict=True))
 
 
 def _visits(q: jax.Array, k: jax.Array, parts: tuple[Rectangles, ...] | None, true_keys: int, plan: Plan):
     if parts is not None:
-        return [_sparse_visits(part, true_keys, plan) for part in parts]
-    return [_dense_visits(q.shape[1], k.shape[1], 1 if plan.separate else q.shape[0] * q.shape[2], plan)]
+        return [sparse_visits(part, true_keys, plan) for part in parts]
+    return [dense_visits(q.shape[1], k.shape[1], 1 if plan.separate else q.shape[0] * q.shape[2], plan)]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -473,7 +309,7 @@ def backward(request: Request, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.A
     queries, keys = q.shape[1], k.shape[1]
     asked, parts = [q, out, lse, d_out, d_lse], None
     if blocks is not None:
-        parts = _suited(blocks, keys, _plan())
+        parts = suited(blocks, keys, _plan())
         asked = [_padded(x, blocks.block_q) for x in asked]
         k, v = _padded(k, blocks.block_k), _padded(v, blocks.block_k)
     q, out, lse, d_out, d_lse = asked
@@ -537,7 +373,7 @@ def run(request: Request, plan: Plan | None = None, tile: Tile | None = None) ->
     parts = None
     if (blocks := request.block_map) is not None:
         # cut here: inside a differentiable function even a constant map is traced
-        parts = _suited(blocks, keys, plan)
+        parts = suited(blocks, keys, plan)
         q = _padded(q, blocks.block_q)
         k, v = _padded(k, blocks.block_k), _padded(v, blocks.block_k)
     out, lse = _attention(q, k, v, request.kv_length, parts, scale, keys, plan)
