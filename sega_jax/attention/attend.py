@@ -28,13 +28,14 @@ def attention(
     scale: float | None = None,
     kv_length: jax.Array | None = None,
     block_map=None,
+    causal: bool = False,
     backend: str = "auto",
 ) -> jax.Array:
-    """Plain attention of q [B, Nq, H, D] over k [B, Nk, H, D] and v [B, Nk, H, Dv] -> [B, Nq, H, Dv].
+    """Plain attention of q [B, Nq, H, D] over k [B, Nk, Hk, D] and v [B, Nk, Hk, Dv] -> [B, Nq, H, Dv].
 
-    ``scale`` defaults to ``D ** -0.5``.  See `sega_jax.attention.kernels` for the other arguments.
+    ``scale`` defaults to ``D ** -0.5``.  See `sega_jax.attention.kernels.Request` for the other arguments.
     """
-    request = Request(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, kv_length, block_map)
+    request = Request(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, kv_length, block_map, causal)
     kernel, _ = choose(request, backend)
     return kernel.run(request)[0]
 
@@ -78,6 +79,11 @@ def _gather(streams: Streams, tokens: tuple[Tokens, ...], turn: bool) -> jax.Arr
     for t in tokens:
         x = _take(streams[t.stream], t.index)
         if turn and t.table is not None:
+            if t.table.cos.shape[3] not in (1, x.shape[3]) or t.table.magnitude.shape[3] not in (1, x.shape[3]):
+                raise ValueError(
+                    f"stream {t.stream!r} has {x.shape[3]} heads, its rope {t.table.cos.shape[3]} and its magnitudes "
+                    f"{t.table.magnitude.shape[3]}: expected one for all heads, or one per head, queries' and keys' alike"
+                )
             x = rotate(x, t.table.cos * t.table.magnitude, t.table.sin * t.table.magnitude)
         parts.append(x)
     groups = max(part.shape[1] for part in parts)
@@ -92,7 +98,7 @@ def _attend_set(q: Streams, k: Streams, v: Streams, keys: KeySet, backend: str) 
     length = keys.kv_length
     if length is not None:
         length = jnp.broadcast_to(length.reshape(length.shape[0], -1), (batch, groups)).reshape(-1)
-    request = Request(*flat, flat[0].shape[-1] ** -0.5, length, keys.block_map)
+    request = Request(*flat, flat[0].shape[-1] ** -0.5, length, keys.block_map, keys.causal)
     kernel, _ = choose(request, backend)
     out, lse = kernel.run(request)
     return out.reshape(batch, groups, *out.shape[1:]), lse.reshape(batch, groups, *lse.shape[1:])
@@ -166,7 +172,7 @@ def attend(
     """Attention over streams.
 
     Args:
-        q, k, v: un-rotated streams, each [B, N, H, D].
+        q, k, v: un-rotated streams, each [B, N, H, D]; keys and values may have fewer heads (`kernels.Request`).
         calls: bound calls of a layout (`layouts.streams.bind`).
         backend: name of a registered kernel, or ``"auto"``; with a split, ``"scheme+kernel"`` names the context
             scheme too (`context.route`).

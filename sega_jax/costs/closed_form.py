@@ -8,8 +8,9 @@ tokens, width W, B rows and b bytes per number:
 * a step's temporaries: `STEP_COPIES` arrays of ``B/d (N/c + T) W`` numbers, the widest moment of a block, and, where
   weights are sharded, those of two double blocks, one at work and one arriving;
 * traffic of a step: weights gathered over d c devices, ``(dc - 1) / dc`` of all of them; Ulysses over u devices, per
-  block ``4 (u - 1) / u`` of a ``B/d N/c W/t`` array; a ring over r devices, per block two of those (times ``u / c`` of
-  its tokens) r times; tensor sharding, ``2 (t - 1) / t`` of a ``B/d (N/c + T) W`` array per product that sums over it.
+  block ``2 (1 + g) (u - 1) / u`` of a ``B/d N/c W/t`` array, where the keys have g times the heads of the queries; a
+  ring over r devices, per block ``2 g`` of those (times ``u / c`` of its tokens) r times; tensor sharding,
+  ``2 (t - 1) / t`` of a ``B/d (N/c + T) W`` array per product that sums over it.
 """
 
 from __future__ import annotations
@@ -156,8 +157,12 @@ def traffic(
     number: int,
     weights: int,
     scheme: str = "auto",
+    kv_heads: int | None = None,
 ) -> dict[str, int]:
-    """Bytes out of one device in one step, by purpose: ``weights``, ``context``, ``tensor`` (closed forms above)."""
+    """Bytes out of one device in one step, by purpose: ``weights``, ``context``, ``tensor`` (closed forms above).
+
+    ``kv_heads`` of the keys; None is as many as the queries have.
+    """
     from sega_jax.attention.context.route import choose_scheme
 
     data, context, tensor = (sizes[name] for name in ("data", "context", "tensor"))
@@ -166,12 +171,13 @@ def traffic(
     own = mine * -(-image // context) * config.width // tensor * number
     along = 0
     if context > 1:
-        heads = config.heads // tensor
+        heads = (kv_heads or config.heads) // tensor
+        of_keys = (kv_heads or config.heads) / config.heads
         _, degree = choose_scheme(heads, context, joint=True, scheme=scheme)
         padded = -(-heads // degree) * degree / heads
         around = context // degree
-        along = 4 * (degree - 1) / degree * own * padded
-        along += 2 * own * padded * around if around > 1 else 0
+        along = 2 * (1 + of_keys) * (degree - 1) / degree * own * padded
+        along += 2 * of_keys * own * padded * around if around > 1 else 0
     local = mine * (-(-image // context) + text) * config.width * number
     return {
         "weights": round(weights / tensor * (gathered - 1) / gathered),

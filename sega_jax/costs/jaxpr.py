@@ -1,7 +1,7 @@
 """Operations, bytes and collective traffic of a program, from its jaxpr; traffic also from compiled HLO.
 
 The compiler's own analysis counts the body of a loop once and a kernel as nothing.  Here the body of a scan counts as
-often as it runs, and an attention kernel counts what `attention.local.contract.cost` says.  Conventions:
+often as it runs, and an attention kernel counts what `attention.kernels.contract.cost` says.  Conventions:
 
 * Figures are totals over all devices: the inside of a `jax.shard_map` counts once per device of its mesh.  What the
   partitioner replicates outside of one (the text stream, usually) counts once.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from sega_jax.attention.kernels.contract import causal_pairs
 from sega_jax.geometry import Grid
 from sega_jax.layouts.streams import Call, KeySet, Layout, Tokens, draw
 
@@ -25,7 +26,7 @@ def _set_pairs(keys: KeySet, sizes: Mapping[str, int]) -> int:
     asked, seen = (sum(_length(t, sizes) for t in side) for side in (keys.queries, keys.keys))
     groups = max(_groups(t) for t in (*keys.queries, *keys.keys))
     if keys.block_map is None:
-        return groups * asked * seen
+        return groups * (causal_pairs(asked, seen) if keys.causal else asked * seen)
     blocks = keys.block_map
     area = np.concatenate([[blocks.block_q * blocks.block_k], np.asarray(blocks.patterns).sum((1, 2))])
     visited = np.arange(blocks.columns.shape[1])[None] < np.asarray(blocks.count)[:, None]

@@ -85,12 +85,14 @@ class KeySet:
         keys: streams answering, concatenated in this order.
         block_map: which key blocks each query block visits; None is all.
         kv_length: i32 [b] or [b, groups], number of valid keys (they come first); None is all.
+        causal: the ``i``-th query sees only the first ``i + 1`` keys; without a block map.
     """
 
     queries: tuple[Tokens, ...]
     keys: tuple[Tokens, ...]
     block_map: BlockMap | None = None
     kv_length: Leaf = None
+    causal: bool = field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

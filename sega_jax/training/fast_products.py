@@ -82,6 +82,8 @@ def _supports(request: Request) -> Refusal | None:
         return Refusal(f"for float32 training, not {request.q.dtype}")
     if request.kv_length is not None or request.block_map is not None:
         return Refusal("dense attention only, no kv_length and no block map")
+    if request.causal or request.group > 1:
+        return Refusal("every query sees every key of its own head: no causal attention and no grouped keys")
     return None
 
 

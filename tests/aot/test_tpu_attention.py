@@ -64,3 +64,17 @@ def test_compiles(chip, name):
     print(f"{chip}, {name}: arguments {arguments:.2f} GB, out {out:.2f} GB, temp {temp:.2f} GB{visited}")
     # the kernel's own order of heads and tokens costs a copy of q, k, v and out, in rows of 128 lanes
     assert temp <= 1.1 * (128 / depth) * (arguments + out) + 0.05
+
+
+@pytest.mark.parametrize("kv_heads", [2, 8, 24])
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_grouped_and_causal_compiles(chip, kv_heads):
+    """Text encoders' attention: causal, keys grouped or not, lengths per sample."""
+    place = SingleDeviceSharding(topologies.get_topology_desc(CHIPS[chip], "tpu").devices[0])
+    q, k = (
+        jax.ShapeDtypeStruct((2, 4_096, heads, 128), jnp.bfloat16, sharding=place) for heads in (HEADS, kv_heads)
+    )
+    length = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=place)
+    run = jax.jit(lambda q, k, length: tpu.run(Request(q, k, k, 0.1, length, causal=True)))
+    memory = run.lower(q, k, length).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 1.1 * (memory.argument_size_in_bytes + memory.output_size_in_bytes) + 5e7

@@ -35,7 +35,7 @@ def against_oracle(case: Case) -> None:
     check(*compiled(run, request), request, visible)
 
 
-SHAPES = cases(blocks=BLOCKS, longest=520, depths=hopper.HEAD_SIZES, widths=(64,)).map(drawn)
+SHAPES = cases(blocks=BLOCKS, longest=520, depths=hopper.HEAD_SIZES, widths=(64,), causal=False).map(drawn)
 
 
 @interpreted
@@ -54,6 +54,7 @@ EDGES = {
     "empty tiles between others": Case(2, 300, 500, 1, 64, 64, "bfloat16", True, (480, 0), None, 2),
     "one key": Case(1, 130, 1, 2, 64, 64, "bfloat16", True, None, None, 3),
     "map, lengths, large logits": Case(2, 400, 500, 1, 64, 64, "bfloat16", True, (480, 70), (128, 64), 4),
+    "grouped keys under a map": Case(2, 300, 400, 2, 64, 64, "bfloat16", False, (400, 130), (128, 64), 6, group=3),
     "blocks of several tiles": Case(1, 600, 700, 1, 64, 64, "bfloat16", False, None, (256, 256), 5),
 }
 

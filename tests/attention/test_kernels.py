@@ -37,8 +37,9 @@ BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
 def oracle(q, k, v, scale, visible):
-    """Arrays [B, N, H, D], visible bool [B, 1, Nq, Nk] -> out, lse [B, Nq, H], all float64."""
+    """Arrays [B, N, H, D], visible bool [B, 1, Nq, Nk] -> out, lse [B, Nq, H], all float64; keys may be grouped."""
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
+    k, v = (x.repeat(q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = np.einsum("bqhd,bkhd->bhqk", q, k) * scale
     scores = np.where(visible, scores, -np.inf)
     highest = scores.max(-1, keepdims=True)
@@ -54,6 +55,8 @@ def oracle(q, k, v, scale, visible):
 def oracle_gradients(q, k, v, scale, visible, d_out, d_lse):
     """Cotangents of q, k, v of `oracle`, by the softmax's own derivative, in float64."""
     q, k, v, d_out, d_lse = (np.asarray(x).astype(np.float64) for x in (q, k, v, d_out, d_lse))
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat(group, axis=2) for x in (k, v))
     scores = np.einsum("bqhd,bkhd->bhqk", q, k) * scale
     scores = np.where(visible, scores, -np.inf)
     highest = scores.max(-1, keepdims=True)
@@ -63,12 +66,14 @@ def oracle_gradients(q, k, v, scale, visible, d_out, d_lse):
     dv = np.einsum("bhqk,bqhd->bkhd", weights, d_out)
     slope = np.einsum("bqhd,bkhd->bhqk", d_out, v)
     slope = weights * (slope - (weights * slope).sum(-1, keepdims=True) + d_lse.transpose(0, 2, 1)[..., None]) * scale
-    return np.einsum("bhqk,bkhd->bqhd", slope, k), np.einsum("bhqk,bqhd->bkhd", slope, q), dv
+    dk = np.einsum("bhqk,bqhd->bkhd", slope, q)
+    dk, dv = (x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(3) for x in (dk, dv))
+    return np.einsum("bhqk,bkhd->bqhd", slope, k), dk, dv
 
 
 @dataclass(frozen=True)
 class Case:
-    """A drawn request; the same numbers for every kernel."""
+    """A drawn request; the same numbers for every kernel.  ``group`` query heads share each of the ``heads``."""
 
     batch: int
     queries: int
@@ -81,12 +86,15 @@ class Case:
     lengths: tuple[int, ...] | None
     block: tuple[int, int] | None
     seed: int
+    group: int = 1
+    causal: bool = False
 
     def request(self) -> tuple[Request, np.ndarray]:
         """The request and its visibility, bool [B, 1, Nq, Nk]."""
         rng = np.random.default_rng(self.seed)
-        shapes = ((self.queries, self.depth), (self.keys, self.depth), (self.keys, self.width))
-        q, k, v = (rng.standard_normal((self.batch, n, self.heads, d)) for n, d in shapes)
+        asking = self.queries, self.group * self.heads, self.depth
+        shapes = asking, (self.keys, self.heads, self.depth), (self.keys, self.heads, self.width)
+        q, k, v = (rng.standard_normal((self.batch, *shape)) for shape in shapes)
         scale = self.depth**-0.5
         if self.large:  # logits of some thousands that float32 holds exactly
             q, k, scale = np.round(2 * q), np.round(2 * k), 64.0
@@ -100,8 +108,10 @@ class Case:
             mask = self.mask(rng)
             blocks = from_mask(mask, *self.block)
             visible &= mask
-        dtype = jnp.dtype(self.dtype)
-        return Request(*(jnp.asarray(x, dtype) for x in (q, k, v)), scale, length, blocks), visible
+        if self.causal:
+            visible &= np.arange(self.keys) <= np.arange(self.queries)[:, None]
+        arrays = (jnp.asarray(x, jnp.dtype(self.dtype)) for x in (q, k, v))
+        return Request(*arrays, scale, length, blocks, self.causal), visible
 
     def mask(self, rng) -> np.ndarray:
         """Blocks that are whole, empty or partial; some query blocks see nothing."""
@@ -116,8 +126,13 @@ class Case:
         return full[: self.queries, : self.keys]
 
 
-def cases(blocks=((8, 8), (16, 8), (8, 32)), longest=150, depths=(4, 8, 24), widths=(8, 24), batches=(1, 2)):
-    """Strategy over `Case`: ragged lengths, single keys, empty rows, partial blocks, large logits."""
+def cases(
+    blocks=((8, 8), (16, 8), (8, 32)), longest=150, depths=(4, 8, 24), widths=(8, 24), batches=(1, 2), causal=True
+):
+    """Strategy over `Case`: ragged lengths, single keys, empty rows, partial blocks, grouped keys, large logits.
+
+    Of the dense ones, half are causal where ``causal`` allows.
+    """
 
     @st.composite
     def draw(pick):
@@ -126,18 +141,22 @@ def cases(blocks=((8, 8), (16, 8), (8, 32)), longest=150, depths=(4, 8, 24), wid
         keys = pick(st.one_of(st.just(1), st.integers(1, longest), st.integers(1, longest)))
         depth = pick(st.sampled_from(depths))
         lengths = pick(st.none() | st.tuples(*(st.integers(0, keys) for _ in range(batch))))
+        block = pick(st.none() | st.sampled_from(blocks))
+        heads, group = pick(st.sampled_from(((1, 1), (3, 1), (1, 4), (2, 2), (2, 3))))
         return Case(
             batch=batch,
             queries=queries,
             keys=keys,
-            heads=pick(st.sampled_from((1, 3))),
+            heads=heads,
             depth=depth,
             width=pick(st.sampled_from(widths)),
             dtype=pick(st.sampled_from(("float32", "bfloat16"))),
             large=pick(st.booleans()),
             lengths=lengths,
-            block=pick(st.none() | st.sampled_from(blocks)),
+            block=block,
             seed=pick(st.integers(0, 2**31)),
+            group=group,
+            causal=causal and block is None and pick(st.booleans()),
         )
 
     return draw()

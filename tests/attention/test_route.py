@@ -50,14 +50,23 @@ def blocks():
     return (Call((KeySet(tokens, tokens, from_mask(mask, 8, 8)),), ("scatter",) * 3),)
 
 
+def causal():
+    """Each stream by itself and from its first token on, image after text."""
+    text, image = Tokens("text", table=table(TEXT)), Tokens("image", table=table(IMAGE, batch=BATCH))
+    return (
+        Call((KeySet((text,), (text,), causal=True),), ("scatter",)),
+        Call((KeySet((image,), (text,)), KeySet((image,), (image,), causal=True)), ("scatter",)),
+    )
+
+
 LENGTHS = {"text": TEXT, "image": IMAGE, "low": LOW}
 
 
-def compare(calls, backend="auto", **sizes):
-    names = ("text", "image") if calls is DENSE else tuple(LENGTHS)
+def compare(calls, backend="auto", kv_heads=HEADS, **sizes):
+    names = ("text", "image") if any(calls is two for two in (DENSE, GROUPED, CAUSAL)) else tuple(LENGTHS)
     q, k, v = (
-        {n: jnp.asarray(RNG.standard_normal((BATCH, LENGTHS[n], HEADS, WIDTH)), jnp.float32) for n in names}
-        for _ in range(3)
+        {n: jnp.asarray(RNG.standard_normal((BATCH, LENGTHS[n], heads, WIDTH)), jnp.float32) for n in names}
+        for heads in (HEADS, kv_heads, kv_heads)
     )
     split = Split.of(make_mesh(jax.devices()[: np.prod(list(sizes.values()))], **sizes),
                      {n: LENGTHS[n] for n in names if n != "text"})  # fmt: skip
@@ -74,7 +83,9 @@ def compare(calls, backend="auto", **sizes):
         np.testing.assert_allclose(np.asarray(got[name]), np.asarray(value), atol=2e-5)
 
 
-DENSE, WINDOWS, BLOCKS = dense(), windows(), blocks()
+DENSE, WINDOWS, BLOCKS, CAUSAL = dense(), windows(), blocks(), causal()
+GROUPED = (Call((KeySet(*2 * ((Tokens("text", table=table(TEXT)), Tokens("image", table=table(IMAGE))),)),),
+                ("scatter", "scatter")),)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -96,6 +107,31 @@ def test_dense(backend, sizes):
 @pytest.mark.parametrize("sizes", [{"context": 2, "tensor": 2, "data": 2}, {"context": 4}, {"data": 2, "tensor": 3}])
 def test_any_layout_goes_by_heads(calls, sizes):
     compare(calls, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("backend", "sizes"),
+    [
+        ("auto", {"context": 2, "tensor": 3}),  # one key head per shard for 2 devices: ring
+        ("auto", {"context": 3, "tensor": 1, "data": 2}),  # 3 key heads for 3: Ulysses
+        ("ulysses", {"context": 2, "data": 2}),  # padded key heads, and query heads with them
+        ("product", {"context": 6}),  # 3 of 6
+    ],
+)
+def test_grouped_keys(backend, sizes):
+    compare(GROUPED, backend, kv_heads=3, **sizes)
+
+
+@pytest.mark.parametrize("kv_heads", [HEADS, 3])
+def test_causal_and_grouped_by_heads(kv_heads):
+    compare(CAUSAL, kv_heads=kv_heads, context=2, data=2)
+    with pytest.raises(ValueError, match=r"'ring' serves dense attention only.*causal attention"):
+        compare(CAUSAL, "ring", kv_heads=kv_heads, context=2)
+
+
+def test_the_tensor_axis_divides_the_key_heads():
+    with pytest.raises(ValueError, match=r"tensor=2 does not divide 3 attention heads \(of keys\)"):
+        compare(GROUPED, kv_heads=3, tensor=2)
 
 
 def test_the_choice_of_scheme():

@@ -74,7 +74,9 @@ def test_a_broken_file_is_named(device, content):
 
 def test_a_kernel_takes_the_measured_tile(device, monkeypatch):
     seen = []
-    monkeypatch.setattr(xla, "dense_visits", lambda *a, real=chunks.dense_visits: seen.append(a[-1]) or real(*a))
+    monkeypatch.setattr(
+        xla, "dense_visits", lambda *a, real=chunks.dense_visits, **o: seen.append(a[-1]) or real(*a, **o)
+    )
     asked = request(100)
     expected = reference.run(asked)
     for tile in (None, (32, 48)):

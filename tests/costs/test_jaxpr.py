@@ -1,6 +1,7 @@
 """Counts against closed forms, and against one another when a model grows."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from sega_jax.attention.context import Sharded, ring, ulysses
 from sega_jax.attention.kernels import Request, registered
 from sega_jax.attention.kernels.contract import cost
 from sega_jax.costs import jaxpr
+from sega_jax.costs.closed_form import traffic
 from sega_jax.layouts.blocks import from_blocks
 from sega_jax.layouts.dense import Dense
 from sega_jax.models.abstract import build_abstract
@@ -104,6 +106,14 @@ def test_attention_counts_its_pairs_whatever_the_kernel(backend):
     q, k = abstract((2, 300, 3, 8)), abstract((2, 200, 3, 8))
     counts = jaxpr.count(partial(attention, backend=backend), q, k, k)
     assert counts.flops == 4 * 2 * 3 * 300 * 200 * 8
+    grouped = abstract((2, 200, 1, 8))
+    assert jaxpr.count(partial(attention, backend=backend), q, grouped, grouped).flops == counts.flops
+
+
+def test_causal_attention_counts_what_is_up_to_the_diagonal():
+    q, k = abstract((2, 300, 3, 8)), abstract((2, 200, 1, 8))
+    counts = jaxpr.count(partial(attention, backend="xla", causal=True), q, k, k)
+    assert counts.flops == 4 * 2 * 3 * int(np.tril(np.ones((300, 200))).sum()) * 8
 
 
 def test_a_block_map_counts_the_blocks_it_visits():
@@ -160,6 +170,26 @@ def test_collectives_match_the_closed_form_and_the_compiled_program(scheme):
     text = jax.jit(mapped).lower(*arguments).compile().as_text()
     compiled = sum(jaxpr.hlo_collectives(text, DEVICES).values())
     assert compiled == pytest.approx(sum(closed_form(scheme).values()), rel=0.2)
+
+
+@pytest.mark.parametrize("scheme", ["ulysses", "ring"])
+@pytest.mark.parametrize("kv_heads", [8, 4])
+def test_a_plan_counts_the_keys_that_travel(scheme, kv_heads):
+    """The closed form of a plan against the program's own collectives, images alone, with grouped keys and without."""
+    mesh = jax.make_mesh((DEVICES,), ("context",), axis_types=(jax.sharding.AxisType.Auto,),
+                         devices=jax.devices()[:DEVICES])  # fmt: skip
+    spec = Sharded(P(), P(None, "context"))
+    options = {"axis": "context", "run": registered()["xla"].run, "scale": 1.0, "total": IMAGE}
+    run = partial({"ulysses": ulysses, "ring": ring}[scheme], **options)
+    q, k = (Sharded(abstract((1, 1, h, WIDTH), "float32"), abstract((1, IMAGE, h, WIDTH), "float32"))
+            for h in (HEADS, kv_heads))  # fmt: skip
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    counted = jaxpr.count(mapped, q, k, k).collectives
+    config = SimpleNamespace(width=HEADS * WIDTH, heads=HEADS, double_layers=0, single_layers=1)
+    planned = traffic(config, IMAGE, 0, rows=1, sizes={"data": 1, "context": DEVICES, "tensor": 1}, number=4,
+                      weights=0, scheme=scheme, kv_heads=kv_heads)  # fmt: skip
+    kind = {"ulysses": "all-to-all", "ring": "collective-permute"}[scheme]
+    assert counted[kind] == DEVICES * planned["context"]
 
 
 @pytest.mark.parametrize("scheme", [ulysses, ring])

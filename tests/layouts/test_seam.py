@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sega_jax.attention import attend
+from sega_jax.costs.visits import pairs
 from sega_jax.layouts.blocks import from_mask
 from sega_jax.layouts.streams import Call, KeySet, Tokens, bind
 from sega_jax.positional.rope import Rope
@@ -290,3 +291,36 @@ def test_per_sample_and_per_head_ropes():
             logits = np.real((a[:, None] * gain) * b.conj()[None]).sum(-1) / 2
             expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
             np.testing.assert_allclose(weights[sample, :, head], expected, atol=2e-6)
+
+
+def test_a_causal_set_and_grouped_keys():
+    """Text sees the text before it, the image sees everything (a block-causal prompt): against a mask in float64."""
+    rng = np.random.default_rng(6)
+    heads, grouped = 4, 2
+    q = {name: rng.standard_normal((2, n, heads, 8)) for name, n in (("text", 5), ("image", 7))}
+    k, v = ({name: rng.standard_normal((2, n, grouped, 8)) for name, n in (("text", 5), ("image", 7))} for _ in "kv")
+    text, image = Tokens("text"), Tokens("image")
+    calls = (
+        Call((KeySet((text,), (text,), causal=True),), ("scatter",)),
+        Call((KeySet((image,), (text, image)),), ("scatter",)),
+    )
+    out = attend(*({n: jnp.asarray(x, jnp.float32) for n, x in part.items()} for part in (q, k, v)), calls)
+    whole = [np.concatenate([part["text"], part["image"]], 1) for part in (q, k, v)]
+    seen = np.ones((12, 12), bool)
+    seen[:5] = np.tril(np.ones((5, 12), bool))
+    for head in range(heads):
+        scores = np.einsum("bqd,bkd->bqk", whole[0][:, :, head], whole[1][:, :, head // 2]) / np.sqrt(8)
+        weights = np.exp(np.where(seen, scores, -np.inf))
+        expected = (weights / weights.sum(-1, keepdims=True)) @ whole[2][:, :, head // 2]
+        got = np.concatenate([out["text"], out["image"]], 1)[:, :, head]
+        np.testing.assert_allclose(got, expected, atol=2e-6)
+    assert pairs(calls, {"text": 5, "image": 7}) == seen.sum()
+
+
+def test_a_rope_per_head_needs_keys_of_as_many_heads():
+    rope = Rope((jnp.ones((1, 4, 2)),), (jnp.ones((1, 4, 2)),))
+    tokens = (Tokens("image", ("any", "image"), np.zeros((3, 1), np.float32)),)
+    calls = bind((Call((KeySet(tokens, tokens),), ("scatter",)),), {"any": {"image": rope}})
+    q, k = ({"image": jnp.ones((1, 3, heads, 4))} for heads in (4, 2))
+    with pytest.raises(ValueError, match=r"stream 'image' has 2 heads, its rope 4 .*one for all heads"):
+        attend(q, k, k, calls)

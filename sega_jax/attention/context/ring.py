@@ -26,26 +26,26 @@ def ring(
         scale: multiplies the logits.
         axis: name of the context axis.
         total: image tokens of the whole sequence, without padding.
-        head_chunks: process the heads in this many groups, one after the other.
+        head_chunks: process the heads in this many groups, one after the other; those that share keys stay together.
 
     Returns:
         Text output (replicated) and this device's image output, in the dtype of q.
 
     Raises:
-        ValueError: if the heads do not divide into ``head_chunks``.
+        ValueError: if the key heads do not divide into ``head_chunks``.
     """
-    heads = q.image.shape[2]
+    heads = k.image.shape[2]
     if heads % head_chunks:
-        raise ValueError(f"head_chunks={head_chunks}: does not divide {heads} heads")
+        raise ValueError(f"head_chunks={head_chunks}: does not divide {heads} key heads")
     if head_chunks == 1:
         return _ring(q, k, v, run, scale, axis, total)
 
     def chunked(x: jax.Array) -> jax.Array:  # [B, N, H, D] -> [chunks, B, N, H / chunks, D]
-        return jnp.moveaxis(x.reshape(*x.shape[:2], head_chunks, heads // head_chunks, x.shape[-1]), 2, 0)
+        return jnp.moveaxis(x.reshape(*x.shape[:2], head_chunks, x.shape[2] // head_chunks, x.shape[-1]), 2, 0)
 
     def joined(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, 2)
-        return x.reshape(*x.shape[:2], heads, x.shape[-1])
+        return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
     chunks = jax.tree.map(chunked, (q, k, v))
     return jax.tree.map(joined, jax.lax.map(lambda c: _ring(*c, run, scale, axis, total), chunks))

@@ -54,7 +54,7 @@ def choose_scheme(heads: int, devices: int, *, joint: bool, scheme: str = "auto"
     """The scheme, and by how many of the context ``devices`` it divides the heads.
 
     Args:
-        heads: per tensor shard.
+        heads: per tensor shard, those of the keys; query heads go with them.
         devices: on the context axis.
         joint: whether the calls are dense attention of one sharded stream.
         scheme: a name, or ``"auto"``.
@@ -73,8 +73,8 @@ def choose_scheme(heads: int, devices: int, *, joint: bool, scheme: str = "auto"
         scheme = uneven if joint and wasted > PADDING else "ulysses"
     if scheme != "ulysses" and not joint:
         raise ValueError(
-            f"context scheme {scheme!r} serves dense attention only; this layout has windows, groups or block maps: "
-            "use 'ulysses', or leave the scheme out"
+            f"context scheme {scheme!r} serves dense attention only; this layout has windows, groups, block maps or "
+            "causal attention: use 'ulysses', or leave the scheme out"
         )
     if scheme == "ulysses" and devices > heads:
         other = "use 'ring' or 'product'" if joint else "put the other devices on the data or tensor axis"
@@ -98,7 +98,7 @@ def is_joint(calls: tuple[Call, ...], split: Split, streams: Streams) -> bool:
     names = [t.stream for t in keys.queries]
     whole = all(t.index is None and (t.table is None or t.table.cos.shape[1] == 1) for t in (*keys.queries, *keys.keys))
     sharded = [name for name in names if split.count(name) is not None]
-    plain = keys.block_map is None and keys.kv_length is None
+    plain = keys.block_map is None and keys.kv_length is None and not keys.causal
     return (
         plain and whole and names == [t.stream for t in keys.keys] and len(sharded) == 1 and set(names) == set(streams)
     )
@@ -118,9 +118,9 @@ def attend_split(
     Raises:
         ValueError: heads that the tensor axis does not divide, or a scheme that cannot serve.
     """
-    heads, tensor = next(iter(q.values())).shape[2], split.mesh.shape[TENSOR]
+    heads, tensor = next(iter(k.values())).shape[2], split.mesh.shape[TENSOR]
     if heads % tensor:
-        raise ValueError(f"mesh: tensor={tensor} does not divide {heads} attention heads; use a divisor")
+        raise ValueError(f"mesh: tensor={tensor} does not divide {heads} attention heads (of keys); use a divisor")
     joint = is_joint(calls, split, q)
     scheme, degree = choose_scheme(heads // tensor, split.context, joint=joint, scheme=scheme)
     if joint and split.context > 1:
@@ -138,10 +138,11 @@ def _two_axes(mesh: Mesh, degree: int) -> Mesh:
     return Mesh(devices, (DATA, "ring", "heads", TENSOR), axis_types=(AxisType.Auto,) * 4)
 
 
-def _head_chunks(tokens: int, heads: int, width: int) -> int:
-    """Into how many groups a ring cuts the heads so that its float32 partial results stay below `RING_BYTES`."""
+def _head_chunks(tokens: int, heads: int, group: int, width: int) -> int:
+    """Into how many groups a ring cuts ``heads`` key heads, each for ``group`` query heads, so that its float32 partial
+    results stay below `RING_BYTES`."""
     divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-    return next((n for n in divisors if tokens * (heads // n) * width * 4 <= RING_BYTES), heads)
+    return next((n for n in divisors if tokens * (heads // n) * group * width * 4 <= RING_BYTES), heads)
 
 
 def _joint(q, k, v, calls, split: Split, degree: int, kernel: str) -> dict[str, jax.Array]:
@@ -152,7 +153,8 @@ def _joint(q, k, v, calls, split: Split, degree: int, kernel: str) -> dict[str, 
     batch, padded, heads, width = q[image].shape
     mesh = _two_axes(split.mesh, degree)
     along, rows, context = ("ring", "heads"), split.rows(batch), split.context
-    local_heads = heads // split.mesh.shape[TENSOR]
+    kv_heads = k[image].shape[2]
+    local_heads = kv_heads // split.mesh.shape[TENSOR]
 
     streams = {name: P(rows, along if name == image else None, TENSOR) for name in names}
     tables, table_specs = [], []
@@ -177,7 +179,7 @@ def _joint(q, k, v, calls, split: Split, degree: int, kernel: str) -> dict[str, 
             out = ulysses(*qkv, axis="heads", **options)
         else:
             shared = padded // context * degree, split_heads(local_heads, degree) // degree
-            inner = partial(ring, axis="ring", head_chunks=_head_chunks(*shared, width))
+            inner = partial(ring, axis="ring", head_chunks=_head_chunks(*shared, heads // kv_heads, width))
             out = inner(*qkv, **options) if degree == 1 else ulysses(*qkv, axis="heads", inner=inner, **options)
         lengths = np.cumsum([q[name].shape[1] for name in text])[:-1]
         parts = jnp.split(out.text, lengths, axis=1)
@@ -232,7 +234,7 @@ def _leaf_spec(path: tuple, leaf: Any, rows: str | None) -> P:
 
 
 def _by_heads(q, k, v, calls, split: Split, kernel: str, local: Local) -> dict[str, jax.Array]:
-    batch = next(iter(q.values())).shape[0]
+    batch, _, key_heads, _ = next(iter(k.values())).shape
     rows, context = split.rows(batch), split.context
     flat, structure = jax.tree_util.tree_flatten_with_path(calls)
     specs = [_leaf_spec(path, leaf, rows) for path, leaf in flat]
@@ -242,16 +244,20 @@ def _by_heads(q, k, v, calls, split: Split, kernel: str, local: Local) -> dict[s
 
     def shard(q, k, v, leaves):
         here = jax.lax.axis_index(CONTEXT)
+        local_heads = key_heads // split.mesh.shape[TENSOR]
+
+        def padded_heads(heads: int) -> int:  # query heads go where their keys go
+            return split_heads(local_heads, context) * (heads // local_heads)
 
         def own_heads(x: jax.Array, axis: int) -> jax.Array:
-            padded = split_heads(x.shape[axis], context)
+            padded = padded_heads(x.shape[axis])
             share = padded // context
             return jax.lax.dynamic_slice_in_dim(pad_axis(x, axis, padded), here * share, share, axis)
 
         def exchange(name: str, x: jax.Array) -> jax.Array:
             if context == 1 or split.count(name) is None:
                 return own_heads(x, 2) if context > 1 else x[:, : split.count(name)]
-            x = pad_axis(x, 2, split_heads(x.shape[2], context))
+            x = pad_axis(x, 2, padded_heads(x.shape[2]))
             return jax.lax.all_to_all(x, CONTEXT, split_axis=2, concat_axis=1, tiled=True)[:, : split.count(name)]
 
         def back(name: str, x: jax.Array, heads: int) -> jax.Array:

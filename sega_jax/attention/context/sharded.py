@@ -18,7 +18,10 @@ Run = Callable[[Request], tuple[jax.Array, jax.Array]]
 
 
 class Sharded(NamedTuple):
-    """One of q, k, v on a device: replicated text [B, T, H, D] and its shard of the image [B, N / P, H, D]."""
+    """One of q, k, v on a device: replicated text [B, T, H, D] and its shard of the image [B, N / P, H, D].
+
+    Keys and values may have fewer heads, as of `Request`.
+    """
 
     text: jax.Array
     image: jax.Array

@@ -1,8 +1,8 @@
 """Ulysses attention: an all-to-all trades sequence shards for head shards, and back.
 
-Every device then sees the whole sequence for its share of the heads, so any local kernel runs unchanged.  Heads are
-padded to a multiple of the devices; with ``inner`` given, the sequence is still sharded over a second axis and the
-inner scheme (`ring`) finishes the work: the 2-D product for more devices than heads.
+Every device then sees the whole sequence for its share of the heads, so any local kernel runs unchanged.  Key heads are
+padded to a multiple of the devices, and query heads go where their keys go; with ``inner`` given, the sequence is still
+sharded over a second axis and the inner scheme (`ring`) finishes the work: the 2-D product for more devices than heads.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def ulysses(
         Text output (replicated) and this device's image output, in the dtype of q.
     """
     devices, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    heads = q.image.shape[2]
-    padded = split_heads(heads, devices)
-    share = padded // devices
+    heads, kv_heads = q.image.shape[2], k.image.shape[2]
+    padded = split_heads(kv_heads, devices)
 
     def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, padded - heads), (0, 0)))
+        return jnp.pad(x, ((0, 0), (0, 0), (0, (padded - kv_heads) * (x.shape[2] // kv_heads)), (0, 0)))
 
     def to_heads(x: Sharded) -> Sharded:
+        share = padded // devices * (x.text.shape[2] // kv_heads)
         text = jax.lax.dynamic_slice_in_dim(pad(x.text), here * share, share, 2)
         image = jax.lax.all_to_all(pad(x.image), axis, split_axis=2, concat_axis=1, tiled=True)
         return Sharded(text, image)

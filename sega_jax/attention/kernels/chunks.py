@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -89,9 +90,13 @@ def cut(total: int, longest: int) -> tuple[int, int]:
     return length, -(-total // length)
 
 
-def dense_visits(queries: int, keys: int, planes: int, plan: Plan) -> Visits:
-    chunk_k, steps = cut(keys, plan.keys)
-    chunk_q, chunks = cut(queries, max(1, plan.scores // (planes * chunk_k)))
+def dense_visits(queries: int, keys: int, planes: int, plan: Plan, *, causal: bool = False) -> Visits:
+    """Every query meets every key, or, causal, those not behind it."""
+    longest = plan.keys
+    if causal:  # squares, small ones: on the diagonal half of each is computed in vain
+        longest = min(longest, max(ALIGN, math.isqrt(plan.scores // planes) // 4))
+    chunk_k, steps = cut(keys, longest)
+    chunk_q, chunks = cut(queries, longest if causal else max(1, plan.scores // (planes * chunk_k)))
 
     def start_k(j):
         return jnp.minimum(j * chunk_k, keys - chunk_k)
@@ -105,22 +110,26 @@ def dense_visits(queries: int, keys: int, planes: int, plan: Plan) -> Visits:
             return x + update
         return jax.lax.dynamic_update_slice_in_dim(x, take(x, i, j) + update, start_k(j), 0)
 
-    def mask(i, j, length):
-        del i
-        position = (start_k(j) + jnp.arange(chunk_k))[None, :]
-        visible = position >= j * chunk_k
-        return visible if length is None else visible & (position < length)
-
-    def count(i, length):
-        del i
-        return steps if length is None else jnp.minimum(steps, -(-length // chunk_k))
-
-    def whole(i, length):
-        del i
-        return (keys if length is None else jnp.minimum(keys, length)) // chunk_k
-
     def start_q(i):
         return jnp.minimum(i * chunk_q, queries - chunk_q)
+
+    def mask(i, j, length):
+        position = (start_k(j) + jnp.arange(chunk_k))[None, :]
+        visible = position >= j * chunk_k
+        if causal:
+            visible = visible & (position <= (start_q(i) + jnp.arange(chunk_q))[:, None])
+        return visible if length is None else visible & (position < length)
+
+    def seen(i, length, ahead: int):
+        """Leading keys not hidden by a length, nor from the query ``ahead`` in the chunk by causality."""
+        last = keys if length is None else jnp.minimum(keys, length)
+        return jnp.minimum(last, start_q(i) + ahead + 1) if causal else last
+
+    def count(i, length):
+        return -(-seen(i, length, chunk_q - 1) // chunk_k)
+
+    def whole(i, length):
+        return seen(i, length, 0) // chunk_k
 
     return Visits(chunk_q, chunks, start_q, lambda i: i * chunk_q, count, whole, take, add, mask)
 

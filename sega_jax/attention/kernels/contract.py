@@ -20,10 +20,15 @@ class Request:
     """One attention on one device.
 
     Attributes:
-        q: [B, Nq, H, D]; k: [B, Nk, H, D]; v: [B, Nk, H, Dv], all of one dtype, already rotated.
+        q: [B, Nq, H, D]; k: [B, Nk, Hk, D]; v: [B, Nk, Hk, Dv], all of one dtype, already rotated.  Where Hk is less
+            than H, which it divides, keys are grouped: query head ``h`` meets key head ``h // (H / Hk)``.
         scale: multiplies the logits.  (`supports` needs shapes and dtypes only.)
         kv_length: i32 [B], valid keys per sample (they come first), or None.
         block_map: visited key blocks, or None for all.
+        causal: query ``i`` sees keys ``0 .. i`` only, both counted from the first.
+
+    Raises:
+        ValueError: shapes that do not belong together, or a causal request with a block map.
     """
 
     q: jax.Array | jax.ShapeDtypeStruct
@@ -32,6 +37,28 @@ class Request:
     scale: float
     kv_length: jax.Array | None = None
     block_map: BlockMap | None = None
+    causal: bool = False
+
+    def __post_init__(self):
+        q, k, v = self.q.shape, self.k.shape, self.v.shape
+        alike = len(q) == len(k) == len(v) == 4 and q[0] == k[0] == v[0] and q[3] == k[3] and k[1:3] == v[1:3]
+        if not alike or not k[2] or q[2] % k[2]:
+            raise ValueError(
+                f"attention of q {q}, k {k} and v {v}: expected [B, Nq, H, D], [B, Nk, Hk, D] and [B, Nk, Hk, Dv], "
+                "where Hk divides H"
+            )
+        if self.causal and self.block_map is not None:
+            raise ValueError("causal attention under a block map: draw what a query may not see in the map's patterns")
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of the keys and values."""
+        return self.k.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head; 1 where every head has its own."""
+        return self.q.shape[2] // self.k.shape[2]
 
 
 Tile = tuple[int, int]  # queries and keys treated together
@@ -104,24 +131,35 @@ class Cost:
 
 
 def cost(request: Request) -> Cost:
-    """Closed form: ``2 Nq Nk (D + Dv)`` per sample and head, of visited blocks only where there is a map.
+    """Closed form: ``2 (D + Dv)`` per sample, query head and pair of a query and a key that it meets.
 
-    Queries, results and log-sum-exps cross memory once, keys and values once per `QUERY_TILE` queries.  Key lengths,
-    and what a pattern hides inside a visited block, are not taken off; a traced map counts all its slots.
+    Pairs are ``Nq Nk``, those up to the diagonal of a causal request, those of visited blocks where there is a map.
+    Queries, results and log-sum-exps cross memory once, keys and values once per `QUERY_TILE` queries, for all heads
+    that share them at once.  Key lengths, and what a pattern hides inside a visited block, are not taken off; a traced
+    map counts all its slots.
     """
     q, k, v, blocks = request.q, request.k, request.v, request.block_map
     batch, queries, heads, depth = q.shape
-    width = depth + v.shape[-1]
+    keys, width = k.shape[1], depth + v.shape[-1]
     planes, size = batch * heads, np.dtype(q.dtype).itemsize
-    pairs, rows = queries * k.shape[1], -(-queries // QUERY_TILE) * k.shape[1]
+    pairs, rows = queries * keys, -(-queries // QUERY_TILE) * keys
+    if request.causal:
+        pairs = causal_pairs(queries, keys)
+        rows = sum(min(start + QUERY_TILE, queries, keys) for start in range(0, queries, QUERY_TILE))
     if blocks is not None:
         traced = isinstance(blocks.count, jax.core.Tracer)
         visits = int(np.prod(blocks.columns.shape)) if traced else int(np.sum(np.asarray(blocks.count)))
         pairs, rows = min(visits * blocks.block_q * blocks.block_k, pairs), visits * blocks.block_k
     return Cost(
         2 * planes * pairs * width,
-        planes * (size * (queries * width + rows * width) + 4 * queries),
+        planes * (size * queries * width + 4 * queries) + batch * request.kv_heads * size * rows * width,
     )
+
+
+def causal_pairs(queries: int, keys: int) -> int:
+    """Pairs of a query and a key not behind it: the triangle, and whole rows of queries past the last key."""
+    square = min(queries, keys)
+    return square * (square + 1) // 2 + (queries - square) * keys
 
 
 def read_cost(scope: str) -> Cost | None:

@@ -38,12 +38,13 @@ def supports(request: Request) -> Refusal | None:
 
 def _forward(request: Request):
     q, k, v, length = request.q, request.k, request.v, request.kv_length
-    lengths = {}
+    kinds = fused.MaskType
+    masks = {"mask_type": kinds.CAUSAL if request.causal else kinds.NO_MASK}
     if length is not None:
-        lengths["q_seqlen"] = jnp.full((q.shape[0],), q.shape[1], jnp.int32)
-        lengths["kv_seqlen"] = jnp.maximum(length, 1)  # zero keys are ours to answer, below
-        lengths["mask_type"] = fused.MaskType.PADDING
-    out, lse = fused.dot_product_attention(q, k, v, scale=request.scale, return_residual=True, **lengths)
+        masks["q_seqlen"] = jnp.full((q.shape[0],), q.shape[1], jnp.int32)
+        masks["kv_seqlen"] = jnp.maximum(length, 1)  # zero keys are ours to answer, below
+        masks["mask_type"] = kinds.PADDING_CAUSAL if request.causal else kinds.PADDING
+    out, lse = fused.dot_product_attention(q, k, v, scale=request.scale, return_residual=True, **masks)
     lse = lse.swapaxes(1, 2)  # [B, H, Nq]
     if length is not None:
         empty = (length == 0)[:, None, None]

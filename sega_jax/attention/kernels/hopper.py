@@ -50,6 +50,8 @@ def _shape_refusal(request: Request) -> Refusal | None:
         return Refusal(f"it takes one head size of {HEAD_SIZES}, got {q.shape[-1]} and {v.shape[-1]}")
     if not request.scale > 0:
         return Refusal(f"it takes positive scales, got {request.scale}")
+    if request.causal:
+        return Refusal("it has no causal attention; draw the diagonal in a block map")
     if blocks is None:
         return None
     if blocks.block_q % TILE_Q or blocks.block_k % 64:
@@ -205,7 +207,7 @@ def _hidden(scores, first_key, length, bits_ref, code, row):
     return jnp.where(seen, scores, -jnp.inf)
 
 
-def _body(scale, heads, tile_k, per_row, simulated, *refs):
+def _body(scale, heads, heads_per_key, tile_k, per_row, simulated, *refs):
     q_ref, k_ref, v_ref, plan_ref, own_ref, *more, out_ref, lse_ref, scratch, barriers = refs
     visits_ref, bits_ref = more or (None, None)
     qo_smem, k_smem, v_smem, lse_smem = scratch
@@ -240,6 +242,7 @@ def _body(scale, heads, tile_k, per_row, simulated, *refs):
     def fetch(n, row, done):
         plane, tile, _, total, _ = row
         sample, head, buffer = _div(plane, heads), _rem(plane, heads), _rem(n, 2)
+        kv_head = head if heads_per_key == 1 else _div(head, heads_per_key)
 
         @pl.when(n > 0)
         def _():
@@ -258,7 +261,7 @@ def _body(scale, heads, tile_k, per_row, simulated, *refs):
                 def _():
                     plgpu.barrier_wait(free.at[slot])  # noqa: B023 traced at once
 
-                plgpu.copy_gmem_to_smem(ref.at[sample, at, head], smem.at[slot], ready.at[slot])
+                plgpu.copy_gmem_to_smem(ref.at[sample, at, kv_head], smem.at[slot], ready.at[slot])
             return _
 
         lax.fori_loop(0, total, step, None)
@@ -381,7 +384,7 @@ def _forward(q, k, v, tables, tile_k: int, per_row: int, scale: float, interpret
     def smem(*shape):
         return plgpu.SMEM(shape, q.dtype, transforms=transforms)
 
-    body = partial(_body, scale, heads, tile_k, per_row, interpret is not None)
+    body = partial(_body, scale, heads, heads // k.shape[2], tile_k, per_row, interpret is not None)
 
     def attention(*refs):
         pl.run_scoped(

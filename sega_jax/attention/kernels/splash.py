@@ -47,8 +47,9 @@ def _forward(request: Request, interpret: bool):
         jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, n - x.shape[1]), (0, 0)))
         for x, n in ((q, padded_q), (k, padded_k), (v, padded_k))
     )
+    mask = masks.CausalMask if request.causal else masks.FullMask  # both count queries and keys from the first
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.FullMask((padded_q, padded_k))] * heads),
+        masks.MultiHeadMask([mask((padded_q, padded_k))] * heads),
         block_sizes=splash.BlockSizes(block_q=tile_q, block_kv=tile_k, block_kv_compute=tile_k),
         save_residuals=True,
         head_shards=1,

@@ -85,7 +85,7 @@ def known() -> tuple[Entry, ...]:
 
 def tuned(kernel: str, request: Request) -> Tile | None:
     """The measured tile of a kernel for a dense request of this kind; None where nothing near was measured."""
-    if request.block_map is not None:
+    if request.block_map is not None or request.causal:
         return None
     keys, best = request.k.shape[1], None
     for entry in known():

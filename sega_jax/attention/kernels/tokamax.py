@@ -43,9 +43,16 @@ def _forward(request: Request):
     operator = IMPLEMENTATIONS[OPERATORS[platform()]]
     end = None if length is None else jnp.maximum(length, 1)[:, None, None]  # zero keys are ours to answer, below
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    mask = Mask(k_end=end, is_causal=request.causal)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         out, residuals = operator(
-            q, k, v, logits_scale=request.scale, mask=Mask(k_end=end), precision=precision, return_residuals=True
+            q,
+            k,
+            v,
+            logits_scale=request.scale,
+            mask=mask,
+            precision=precision,
+            return_residuals=True,
         )
     first, second = (x.astype(jnp.float32) for x in residuals)
     # the TPU operator gives (maximum, log-sum-exp), the others (maximum, sum of exponentials above it)

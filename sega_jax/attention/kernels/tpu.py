@@ -1,4 +1,4 @@
-"""Flash attention for TPU (Pallas Mosaic): long non-causal sequences, dense or under a block map.
+"""Flash attention for TPU (Pallas Mosaic): long sequences, dense, causal, or under a block map.
 
 A block map becomes a list of visits, one word each, which the scalar core reads ahead of the pipeline: blocks that
 are not visited cost nothing, neither loads nor arithmetic, and a long row (text that sees everything) costs its own
@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sega_jax.attention.kernels import xla
-from sega_jax.attention.kernels.contract import Kernel, Refusal, Request, Tile, platform
+from sega_jax.attention.kernels.contract import Kernel, Refusal, Request, Tile, cost, platform
 from sega_jax.attention.kernels.tiles import tuned
 from sega_jax.layouts.blocks import BlockMap
 
@@ -108,6 +108,11 @@ def _column(word):
     return jax.lax.shift_right_logical(word, 8) & 0xFFF
 
 
+def _part(index, size: int):
+    """``index // size`` of what is not negative; Python's own would ask for signs, which need the chip's name."""
+    return index if size == 1 else index // size if isinstance(index, int) else jax.lax.div(index, jnp.int32(size))
+
+
 def _for_heads(heads: int, treat: Callable) -> None:
     """A few heads side by side, so that their products and exponentials overlap; many would only compile longer."""
     together = max(n for n in range(1, UNROLL + 1) if heads % n == 0)
@@ -131,13 +136,17 @@ def _lane_sums(weights: jax.Array) -> jax.Array:
     return sum(weights[:, c : c + LANES] for c in range(0, columns, LANES))
 
 
-def _body(locate, has_length, scale, heads, compute, words_ref, length_ref, bounded_ref, q_ref, k_ref, v_ref, *rest):
-    """One visit: ``heads`` query blocks against their key blocks."""
+def _body(
+    locate, has_length, causal, scale, heads, compute, words_ref, length_ref, bounded_ref, q_ref, k_ref, v_ref, *rest
+):
+    """One visit: ``heads`` query blocks against their key blocks, of which each may serve several heads."""
     pattern_ref, (out_ref, lse_ref, acc_ref, max_ref, sum_ref) = (None, rest) if len(rest) == 5 else (rest[0], rest[1:])
-    block_k = k_ref.shape[2]
+    block_q, block_k = q_ref.shape[2], k_ref.shape[2]
+    shared = heads // k_ref.shape[1]
     column, pattern, first, last = locate(words_ref, length_ref)
     length = length_ref[pl.program_id(0)]
     start = column * block_k
+    asked = pl.program_id(2) * block_q if causal else None  # the first query
     bounded = bounded_ref[pl.program_id(0), pl.program_id(1)] != 0
 
     @pl.when(first)
@@ -151,19 +160,23 @@ def _body(locate, has_length, scale, heads, compute, words_ref, length_ref, boun
         base_two = scale / math.log(2.0)
 
         def head(h):
+            key_head = _part(h, shared)
             for c in range(0, block_k, compute):
                 part = pl.ds(c, compute)
-                v = v_ref[0, h, part, :]
+                v = v_ref[0, key_head, part, :]
                 scores = jax.lax.dot_general(
                     q_ref[0, h],
-                    k_ref[0, h, part, :],
+                    k_ref[0, key_head, part, :],
                     (((1,), (1,)), ((), ())),
                     precision=precision,
                     preferred_element_type=jnp.float32,
                 )
                 seen = None
                 if edge:
-                    seen = start + c + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) < length
+                    position = start + c + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+                    seen = position < length
+                    if causal:
+                        seen &= position <= asked + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
                     # what lies behind the last key may be anything, also NaN
                     v = jnp.where(start + c + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < length, v, 0)
                 if partial_block:
@@ -196,12 +209,15 @@ def _body(locate, has_length, scale, heads, compute, words_ref, length_ref, boun
 
     useful = (start < length) & (pattern != NOTHING)
     ragged = start + block_k > length
-    kinds = [(False, False), (True, False)] if has_length else [(False, False)]
+    if causal:
+        useful &= start < asked + block_q
+        ragged |= start + block_k > asked + 1
+    kinds = [(False, False), (True, False)] if has_length or causal else [(False, False)]
     if pattern_ref is not None:
         kinds += [(has_length, True)]
     for (edge, partial_block), fixed in itertools.product(kinds, (True, False)):
         condition = useful & (bounded if fixed else ~bounded)
-        if has_length and not partial_block:
+        if (has_length or causal) and not partial_block:
             condition &= ragged if edge else ~ragged
         if pattern_ref is not None:
             condition &= (pattern != 0) if partial_block else (pattern == 0)
@@ -220,26 +236,32 @@ def _body(locate, has_length, scale, heads, compute, words_ref, length_ref, boun
 
 
 def _bounded(q: jax.Array, k: jax.Array, scale: float, together: int) -> jax.Array:
-    """i32 [B, H / together]: 1 where no logit of these heads can exceed `LIMIT` (a NaN says 0)."""
+    """i32 [B, H / together]: 1 where no logit of these query heads can exceed `LIMIT` (a NaN says 0)."""
 
     def longest(x: jax.Array) -> jax.Array:  # [B, N, H, D] -> [B, H]
         return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1).max(1))
 
-    highest = (longest(q) * longest(k)).reshape(q.shape[0], -1, together).max(-1)
+    of_keys = jnp.repeat(longest(k), q.shape[2] // k.shape[2], axis=1)
+    highest = (longest(q) * of_keys).reshape(q.shape[0], -1, together).max(-1)
     return (scale * highest <= LIMIT).astype(jnp.int32)
 
 
-def _heads_together(heads: int, scores: int) -> int:
-    return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * scores <= SCORES))
+def _heads_together(heads: int, scores: int, group: int = 1) -> int:
+    """Query heads of one visit: a part of those that share a key head, or all of several such groups."""
+    fitting = (n for n in range(1, heads + 1) if heads % n == 0 and (n % group == 0 or group % n == 0))
+    return max(n for n in fitting if n == 1 or n * scores <= SCORES)
 
 
-def _forward(q, k, v, lengths, blocks: BlockMap | None, scale: float, interpret, tile: Tile):
+def _forward(request: Request, interpret, tile: Tile):
+    q, k, v, lengths, blocks = request.q, request.k, request.v, request.kv_length, request.block_map
+    scale, causal, group = request.scale, request.causal, request.group
     batch, queries, heads, depth = q.shape
     keys, width = k.shape[1], v.shape[-1]
     block_q, block_k = tile if blocks is None else (blocks.block_q, blocks.block_k)
     has_length = lengths is not None or keys % block_k != 0
     lengths = jnp.full((batch,), keys, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-    together = _heads_together(heads, block_q * block_k)
+    together = _heads_together(heads, block_q * block_k, group)
+    key_heads, visits_per_key = max(1, together // group), max(1, group // together)
     rows, columns = -(-queries // block_q), -(-keys // block_k)
 
     if blocks is None:
@@ -251,8 +273,9 @@ def _forward(q, k, v, lengths, blocks: BlockMap | None, scale: float, interpret,
             return b, h, i, 0
 
         def column_of(b, h, i, j, words, lengths, bounded):
-            del i, words, bounded
-            return b, h, jnp.minimum(j, jnp.maximum(pl.cdiv(lengths[b], block_k) - 1, 0)), 0
+            del words, bounded
+            seen = jnp.minimum(lengths[b], (i + 1) * block_q) if causal else lengths[b]
+            return b, _part(h, visits_per_key), jnp.minimum(j, jnp.maximum(pl.cdiv(seen, block_k) - 1, 0)), 0
 
         def lse_of(b, h, i, j, words, lengths, bounded):
             del j, words, lengths, bounded
@@ -272,7 +295,7 @@ def _forward(q, k, v, lengths, blocks: BlockMap | None, scale: float, interpret,
 
         def column_of(b, h, t, words, lengths, bounded):
             del lengths, bounded
-            return b, h, _column(words[t]), 0
+            return b, _part(h, visits_per_key), _column(words[t]), 0
 
         def lse_of(b, h, t, words, lengths, bounded):
             del lengths, bounded
@@ -289,8 +312,8 @@ def _forward(q, k, v, lengths, blocks: BlockMap | None, scale: float, interpret,
     operands = [x.swapaxes(1, 2) for x in (q, k, v)]
     in_specs = [
         pl.BlockSpec((1, together, block_q, depth), row_of),
-        pl.BlockSpec((1, together, block_k, depth), column_of),
-        pl.BlockSpec((1, together, block_k, width), column_of),
+        pl.BlockSpec((1, key_heads, block_k, depth), column_of),
+        pl.BlockSpec((1, key_heads, block_k, width), column_of),
     ]
     if blocks is not None and len(blocks.patterns):
 
@@ -302,10 +325,10 @@ def _forward(q, k, v, lengths, blocks: BlockMap | None, scale: float, interpret,
         operands.append(jnp.asarray(blocks.patterns).astype(jnp.int8))
         in_specs.append(pl.BlockSpec((1, block_q, block_k), pattern_of))
 
-    pairs = rows * columns if blocks is None else len(words)
+    known = cost(request)
     compute = COMPUTE if block_k % COMPUTE == 0 else block_k
     out, lse = pl.pallas_call(
-        partial(_body, locate, has_length, scale, together, compute),
+        partial(_body, locate, has_length, causal, scale, together, compute),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=grid,
@@ -328,10 +351,7 @@ def _forward(q, k, v, lengths, blocks: BlockMap | None, scale: float, interpret,
             dimension_semantics=("parallel", "parallel", *("arbitrary",) * (len(grid) - 2))
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * batch * heads * pairs * block_q * block_k * (depth + width),
-            transcendentals=batch * heads * pairs * block_q * block_k,
-            bytes_accessed=batch * heads * pairs * block_k * (depth + width) * q.dtype.itemsize
-            + 2 * q.size * q.dtype.itemsize,
+            flops=known.flops, transcendentals=known.flops // (2 * (depth + width)), bytes_accessed=known.bytes
         ),
         interpret=interpret,
         name="attention_sparse" if blocks is not None else "attention_dense",
@@ -358,7 +378,7 @@ def run(request: Request, interpret=False, tile: Tile | None = None) -> tuple[ja
         raise ValueError(f"attention kernel for TPU: {refusal.reason}")
 
     def forward(r: Request):
-        return _forward(r.q, r.k, r.v, r.kv_length, r.block_map, r.scale, interpret, tile)
+        return _forward(r, interpret, tile)
 
     return xla.with_backward(forward)(request)
 

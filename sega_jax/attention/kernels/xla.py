@@ -136,11 +136,11 @@ def _scores(q: jax.Array, k: jax.Array, mask: jax.Array | None, wide) -> jax.Arr
 
 
 def _forward_plane(q, k, v, length, visits: list[Visits], scale: float, plan: Plan):
-    """One sample and head: q [Nq, D], k [Nk, D], v [Nk, Dv], length i32 or None -> (out, lse [Nq])."""
+    """One sample and head: q [Nq, D], k [Nk, D], v [Nk, Dv], length i32 or None -> (out, lse [Nq]), no sums."""
     sweep = partial(_sweep, q, k, v, length, visits, scale, plan)
     if not plan.separate:  # batched over planes a branch would compute both sides
-        return sweep(bounded=False)
-    return jax.lax.cond(_bounded(q, k, scale), partial(sweep, bounded=True), partial(sweep, bounded=False))
+        return sweep(bounded=False), ()
+    return jax.lax.cond(_bounded(q, k, scale), partial(sweep, bounded=True), partial(sweep, bounded=False)), ()
 
 
 def _sweep(q, k, v, length, visits: list[Visits], scale: float, plan: Plan, *, bounded: bool):
@@ -192,8 +192,11 @@ def _sweep(q, k, v, length, visits: list[Visits], scale: float, plan: Plan, *, b
     return (acc / safe[:, None]).astype(dtype), jnp.where(empty, -jnp.inf, lse)
 
 
-def _backward_plane(q, k, v, out, lse, d_out, d_lse, length, visits: list[Visits], scale: float):
-    """Cotangents of q, k, v of one sample and head; ``d score = weight * (d_out . v - d_out . out + d_lse)``."""
+def _backward_plane(q, out, lse, d_out, d_lse, k, v, length, visits: list[Visits], scale: float):
+    """Cotangents of q, and of k and v in the accumulator's dtype, of one sample and head.
+
+    ``d score = weight * (d_out . v - d_out . out + d_lse)``.
+    """
     dtype, wide = q.dtype, accumulator(q.dtype)
     offset = d_lse - (d_out.astype(wide) * out.astype(wide)).sum(-1)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # a query without keys: all its weights are zero
@@ -226,70 +229,121 @@ def _backward_plane(q, k, v, out, lse, d_out, d_lse, length, visits: list[Visits
     state = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))
     for part in visits:
         state = jax.lax.fori_loop(0, part.chunks, partial(chunk, part), state)
-    return tuple(x.astype(dtype) for x in state)
+    dq, dk, dv = state
+    return (dq.astype(dtype),), (dk, dv)
 
 
-def _over_planes(plane: Callable, arrays: tuple[jax.Array, ...], length: jax.Array | None, plan: Plan):
-    """``plane(*one sample's and head's arrays, length)`` for all samples and heads; arrays are [B, N, H, ...]."""
-    batch, heads = arrays[0].shape[0], arrays[0].shape[2]
-    if not plan.separate:
-        flat = [x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], *x.shape[3:]) for x in arrays]
-        if length is None:
-            results = jax.vmap(lambda *parts: plane(*parts, None))(*flat)
-        else:
-            results = jax.vmap(plane)(*flat, jnp.repeat(length, heads))
-        return tuple(r.reshape(batch, heads, *r.shape[1:]).swapaxes(1, 2) for r in results)
+def _over_planes(plane: Callable, asked: tuple, keys: tuple, length: jax.Array | None, plan: Plan):
+    """``plane(*asked, *keys, length)`` for all samples and heads.
+
+    Args:
+        plane: gives results of the head, and sums of its keys, which are added over heads that share them; both tuples.
+        asked: arrays [B, Nq, H, ...]; keys: arrays [B, Nk, Hk, ...].
+        length: i32 [B] or None.
+
+    Returns:
+        The results [B, Nq, H, ...], then the sums [B, Nk, Hk, ...] in the dtype of the keys.
+    """
+    results, sums = (_one_by_one if plan.separate else _together)(plane, asked, keys, length)
+    return *results, *(x.astype(keys[0].dtype) for x in sums)
+
+
+def _together(plane: Callable, asked: tuple, keys: tuple, length: jax.Array | None):
+    """All samples and key heads in one batch; of query heads that share one, one after the other."""
+    batch, heads, kv_heads = asked[0].shape[0], asked[0].shape[2], keys[0].shape[2]
+    group = heads // kv_heads
+    flat = [x.swapaxes(1, 2).reshape(batch * kv_heads, group, x.shape[1], *x.shape[3:]) for x in asked]
+    flat_keys = [x.swapaxes(1, 2).reshape(batch * kv_heads, x.shape[1], *x.shape[3:]) for x in keys]
+
+    def shared(asked, keys, length):
+        if group == 1:
+            results, sums = plane(*(x[0] for x in asked), *keys, length)
+            return tuple(x[None] for x in results), sums
+
+        def head(total, parts):
+            results, sums = plane(*parts, *keys, length)
+            return jax.tree.map(jnp.add, total, sums), results
+
+        shapes = jax.eval_shape(lambda *parts: plane(*parts, *keys, length)[1], *(x[0] for x in asked))
+        return jax.lax.scan(head, tuple(jnp.zeros(s.shape, s.dtype) for s in shapes), asked)[::-1]
+
+    if length is None:
+        results, sums = jax.vmap(lambda *parts: shared(*parts, None))(flat, flat_keys)
+    else:
+        results, sums = jax.vmap(shared)(flat, flat_keys, jnp.repeat(length, kv_heads))
+    results = tuple(x.reshape(batch, heads, *x.shape[2:]).swapaxes(1, 2) for x in results)
+    return results, tuple(x.reshape(batch, kv_heads, *x.shape[1:]).swapaxes(1, 2) for x in sums)
+
+
+def _one_by_one(plane: Callable, asked: tuple, keys: tuple, length: jax.Array | None):
+    """One sample and head after the other."""
+    batch, heads = asked[0].shape[0], asked[0].shape[2]
+    group, arrays = heads // keys[0].shape[2], (*asked, *keys)
+
+    def place(p, x, grouped: bool):
+        b, h = p // heads, p % heads
+        return b, 0, h // group if grouped and group > 1 else h, *(0,) * (x.ndim - 3)
 
     def one(p):
         # else 16-bit arrays would be turned to integers, and so copied, as a whole before the loop
         p, *whole = jax.lax.optimization_barrier((p, *arrays))
-        b, h = p // heads, p % heads
         parts = [
-            jax.lax.dynamic_slice(raw(x), (b, 0, h, *(0,) * (x.ndim - 3)), (1, x.shape[1], 1, *x.shape[3:]))
-            for x in whole
+            jax.lax.dynamic_slice(raw(x), place(p, x, n >= len(asked)), (1, x.shape[1], 1, *x.shape[3:]))
+            for n, x in enumerate(whole)
         ]
         # the barrier keeps the bound on the logits from slicing q and k a second time
         parts = jax.lax.optimization_barrier([x.reshape(x.shape[1], *x.shape[3:]) for x in parts])
         parts = [as_float(x, a.dtype) for x, a in zip(parts, arrays, strict=True)]
-        return plane(*parts, None if length is None else length[b])
+        results, sums = plane(*parts, None if length is None else length[p // heads])
+        # heads with keys of their own have nothing to add to
+        return results, sums if group > 1 else tuple(x.astype(keys[0].dtype) for x in sums)
 
-    shapes = jax.eval_shape(one, 0)
+    def put(p, total, x, grouped: bool):
+        x, where = raw(x)[None, :, None], place(p, total, grouped)
+        if grouped and group > 1:
+            x = x + jax.lax.dynamic_slice(total, where, x.shape)
+        return jax.lax.dynamic_update_slice(total, x, where)
 
-    def body(p, results):
-        b, h = p // heads, p % heads
+    def body(p, state):
         return tuple(
-            jax.lax.dynamic_update_slice(r, raw(x)[None, :, None], (b, 0, h, *(0,) * (r.ndim - 3)))
-            for r, x in zip(results, one(p), strict=True)
+            tuple(put(p, total, x, grouped) for total, x in zip(totals, found, strict=True))
+            for totals, found, grouped in zip(state, one(p), (False, True), strict=True)
         )
 
-    empty = tuple(raw(jnp.zeros((batch, s.shape[0], heads, *s.shape[1:]), s.dtype)) for s in shapes)
-    results = jax.lax.fori_loop(0, batch * heads, body, empty)
-    return tuple(as_float(r, s.dtype) for r, s in zip(results, shapes, strict=True))
+    shapes = jax.eval_shape(one, 0)
+    counts = heads, heads // group
+    state = tuple(
+        tuple(raw(jnp.zeros((batch, s.shape[0], count, *s.shape[1:]), s.dtype)) for s in part)
+        for part, count in zip(shapes, counts, strict=True)
+    )
+    state = jax.lax.fori_loop(0, batch * heads, body, state)
+    return jax.tree.map(lambda x, s: as_float(x, s.dtype), state, shapes)
 
 
-def _visits(q: jax.Array, k: jax.Array, parts: tuple[Rectangles, ...] | None, true_keys: int, plan: Plan):
+def _visits(q: jax.Array, k: jax.Array, parts: tuple[Rectangles, ...] | None, keys: int, plan: Plan, causal: bool):
     if parts is not None:
-        return [sparse_visits(part, true_keys, plan) for part in parts]
-    return [dense_visits(q.shape[1], k.shape[1], 1 if plan.separate else q.shape[0] * q.shape[2], plan)]
+        return [sparse_visits(part, keys, plan) for part in parts]
+    planes = 1 if plan.separate else k.shape[0] * k.shape[2]
+    return [dense_visits(q.shape[1], k.shape[1], planes, plan, causal=causal)]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, lengths, parts, scale: float, true_keys: int, plan: Plan):
-    visits = _visits(q, k, parts, true_keys, plan)
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _attention(q, k, v, lengths, parts, scale: float, true_keys: int, plan: Plan, causal: bool):
+    visits = _visits(q, k, parts, true_keys, plan, causal)
     plane = partial(_forward_plane, visits=visits, scale=scale, plan=plan)
-    return _over_planes(plane, (q, k, v), lengths, plan)
+    return _over_planes(plane, (q,), (k, v), lengths, plan)
 
 
-def _attention_forward(q, k, v, lengths, parts, scale, true_keys, plan):
-    out, lse = _attention(q, k, v, lengths, parts, scale, true_keys, plan)
+def _attention_forward(q, k, v, lengths, parts, scale, true_keys, plan, causal):
+    out, lse = _attention(q, k, v, lengths, parts, scale, true_keys, plan, causal)
     return (out, lse), (q, k, v, lengths, parts, out, lse)
 
 
-def _attention_backward(scale, true_keys, plan, residuals, cotangents):
+def _attention_backward(scale, true_keys, plan, causal, residuals, cotangents):
     q, k, v, lengths, parts, out, lse = residuals
-    visits = _visits(q, k, parts, true_keys, plan)
+    visits = _visits(q, k, parts, true_keys, plan, causal)
     plane = partial(_backward_plane, visits=visits, scale=scale)
-    return *_over_planes(plane, (q, k, v, out, lse, *cotangents), lengths, plan), None, None
+    return *_over_planes(plane, (q, out, lse, *cotangents), (k, v), lengths, plan), None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -314,7 +368,7 @@ def backward(request: Request, out, lse, d_out, d_lse) -> tuple[jax.Array, jax.A
         k, v = _padded(k, blocks.block_k), _padded(v, blocks.block_k)
     q, out, lse, d_out, d_lse = asked
     residuals = (q, k, v, request.kv_length, parts, out, lse)
-    dq, dk, dv, *_ = _attention_backward(request.scale, keys, _plan(), residuals, (d_out, d_lse))
+    dq, dk, dv, *_ = _attention_backward(request.scale, keys, _plan(), request.causal, residuals, (d_out, d_lse))
     return dq[:, :queries], dk[:, :keys], dv[:, :keys]
 
 
@@ -330,7 +384,7 @@ def with_backward(forward: Callable) -> Callable:
         known = None if blocks is None or isinstance(blocks.count, jax.core.Tracer) else blocks
 
         def asked(q, k, v, lengths, blocks) -> Request:
-            return Request(q, k, v, request.scale, lengths, blocks if known is None else known)
+            return Request(q, k, v, request.scale, lengths, blocks if known is None else known, request.causal)
 
         @jax.custom_vjp
         def attention(*arguments):
@@ -376,7 +430,7 @@ def run(request: Request, plan: Plan | None = None, tile: Tile | None = None) ->
         parts = suited(blocks, keys, plan)
         q = _padded(q, blocks.block_q)
         k, v = _padded(k, blocks.block_k), _padded(v, blocks.block_k)
-    out, lse = _attention(q, k, v, request.kv_length, parts, scale, keys, plan)
+    out, lse = _attention(q, k, v, request.kv_length, parts, scale, keys, plan, request.causal)
     return out[:, :queries], lse[:, :queries]
 
 

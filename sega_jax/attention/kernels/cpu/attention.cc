@@ -31,14 +31,16 @@ constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 static int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// [B, N, H, D] of q, k, v; the block map as compressed rows (`sega_jax.layouts.blocks`), or block_q = 0 without one.
+// [B, N, H, D] of q, k, v, the latter two with `kv_heads`; the block map as compressed rows
+// (`sega_jax.layouts.blocks`), or block_q = 0 without one; causal requests have none.
 struct Problem {
-  int64_t batch, queries, keys, heads, depth, width;
+  int64_t batch, queries, keys, heads, kv_heads, depth, width;
   const void *q, *k, *v;
   const int32_t* lengths;
   int64_t block_q, block_k, columns;
   const int32_t *visit_count, *visit_columns, *visit_patterns;
   const uint8_t* patterns;
+  bool causal;
   float scale;
   void* out;
   float* lse;
@@ -92,7 +94,9 @@ class Worker {
   // Queries `first` to `last` of head `plane % heads` of sample `plane / heads`.
   void run(int64_t plane, int64_t first, int64_t last) {
     sample_ = plane / p_.heads, head_ = plane % p_.heads;
+    kv_head_ = head_ / (p_.heads / p_.kv_heads);
     limit_ = std::clamp<int64_t>(p_.lengths[sample_], 0, p_.keys);
+    if (p_.causal) limit_ = std::min(limit_, last);
     begin(first, last);
     const int64_t side = p_.block_q ? p_.block_k : kKeys;
     for (;;) {
@@ -106,7 +110,7 @@ class Worker {
         pack_keys(key, count);
         pack_values(key, count);
         for (const Segment& s : segments_)
-          if (s.next < s.visits && s.column() == column) visit(s, key - start, count);
+          if (s.next < s.visits && s.column() == column) visit(s, key, key - start, count);
       }
       for (Segment& s : segments_)
         if (s.next < s.visits && s.column() == column) ++s.next;
@@ -119,8 +123,13 @@ class Worker {
   static_assert(kStrip % Product::kStep == 0 && kKeys % kPanel == 0);
 
   template <class T>
-  const T* row(const void* x, int64_t length, int64_t token, int64_t size) const {
-    return static_cast<const T*>(x) + ((sample_ * length + token) * p_.heads + head_) * size;
+  const T* query_row(int64_t token) const {
+    return static_cast<const T*>(p_.q) + ((sample_ * p_.queries + token) * p_.heads + head_) * p_.depth;
+  }
+
+  template <class T>
+  const T* key_row(const void* x, int64_t token, int64_t size) const {
+    return static_cast<const T*>(x) + ((sample_ * p_.keys + token) * p_.kv_heads + kv_head_) * size;
   }
 
   void begin(int64_t first, int64_t last) {
@@ -140,7 +149,7 @@ class Worker {
       for (int64_t i = 0; i < slots; ++i) {
         uint32_t* to = queries_ + (slot + i) * units_;
         if (i < s.rows && p_.scale != 0) {
-          load_units(row<Element>(p_.q, p_.queries, first + i, p_.depth), p_.depth, to, units_);
+          load_units(query_row<Element>(first + i), p_.depth, to, units_);
         } else {
           std::fill_n(to, units_, 0u);
         }
@@ -171,7 +180,7 @@ class Worker {
       for (int64_t i = 0; i < kLanes; ++i) {
         uint32_t* to = staged_ + i * units_;
         if (key + i < count) {
-          load_units(row<Element>(p_.k, p_.keys, first + key + i, p_.depth), p_.depth, to, units_);
+          load_units(key_row<Element>(p_.k, first + key + i, p_.depth), p_.depth, to, units_);
         } else {
           std::fill_n(to, units_, 0u);
         }
@@ -191,7 +200,7 @@ class Worker {
       for (int64_t i = 0; i < together; ++i) {
         const int64_t key = u * together + i;
         if (key >= count) continue;
-        const Element* from = row<Element>(p_.v, p_.keys, first + key, p_.width);
+        const Element* from = key_row<Element>(p_.v, first + key, p_.width);
         if constexpr (std::is_same_v<Element, float>) {
           std::memcpy(merged, from, p_.width * sizeof(float));
         } else {
@@ -204,8 +213,8 @@ class Worker {
     }
   }
 
-  // A segment meets `count` packed keys, which lie from `within` on in the block of its present visit.
-  void visit(const Segment& s, int64_t within, int64_t count) {
+  // A segment meets `count` packed keys from `from` on, which lie from `within` on in the block of its present visit.
+  void visit(const Segment& s, int64_t from, int64_t within, int64_t count) {
     const int64_t padded = round_up(count, kPanel);
     const int64_t units = kPairs ? padded / 2 : padded;
     const uint8_t* pattern = nullptr;
@@ -214,6 +223,7 @@ class Worker {
     for (int64_t start = 0; start < s.rows; start += kStrip) {
       const int64_t rows = std::min(kStrip, s.rows - start), slot = s.slot + start;
       const int64_t stepped = round_up(rows, Product::kStep);
+      if (p_.causal && from >= s.first + start + rows) continue;  // all keys are behind all queries
       for (int64_t key = 0; key < padded; key += kPanel)
         Product::template product<false>(scores_ + key, kKeys, queries_ + slot * units_, units_, keys_ + key * units_,
                                          stepped, units_);
@@ -227,7 +237,8 @@ class Worker {
           const uint8_t* seen = pattern + (start + i) * p_.block_k;
           for (int64_t j = 0; j < count; ++j) scores[j] = seen[j] ? scores[j] : kNothing;
         }
-        std::fill(scores + count, scores + padded, kNothing);
+        const int64_t ahead = p_.causal ? s.first + start + i + 1 - from : count;
+        std::fill(scores + std::clamp<int64_t>(ahead, 0, count), scores + padded, kNothing);
         weigh(scores, padded, slot + i);
       }
       const uint32_t* weights = reinterpret_cast<const uint32_t*>(scores_ + 0);
@@ -293,7 +304,7 @@ class Worker {
   Buffer<float> scores_;
   Buffer<uint32_t> staged_;
   float scale_;
-  int64_t sample_, head_, limit_;
+  int64_t sample_, head_, kv_head_, limit_;
   std::vector<Segment> segments_;
 };
 
@@ -372,13 +383,14 @@ static ffi::Error checked(const Problem& p, int64_t listed_rows, int64_t pattern
 static ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                       ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> count, ffi::Buffer<ffi::S32> columns,
                       ffi::Buffer<ffi::S32> pattern, ffi::Buffer<ffi::PRED> patterns, ffi::Result<ffi::AnyBuffer> out,
-                      ffi::Result<ffi::Buffer<ffi::F32>> lse, float scale, int64_t block_q, int64_t block_k,
+                      ffi::Result<ffi::Buffer<ffi::F32>> lse, float scale, int64_t block_q, int64_t block_k, bool causal,
                       [[maybe_unused]] bool tiles) {
   const auto asked = q.dimensions(), given = v.dimensions();
   const Problem problem{asked[0],
                         asked[1],
                         given[1],
                         asked[2],
+                        given[2],
                         asked[3],
                         given[3],
                         q.untyped_data(),
@@ -392,6 +404,7 @@ static ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, 
                         columns.typed_data(),
                         pattern.typed_data(),
                         reinterpret_cast<const uint8_t*>(patterns.typed_data()),
+                        causal,
                         scale,
                         out->untyped_data(),
                         lse->typed_data()};
@@ -459,4 +472,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sega_attention, sega::run,
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("block_q")
                                   .Attr<int64_t>("block_k")
+                                  .Attr<bool>("causal")
                                   .Attr<bool>("tiles"));

@@ -57,7 +57,7 @@ def forward(target: str, tiles: bool) -> Callable[[Request], tuple[jax.Array, ja
         out = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype)
         lse = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
         call = jax.ffi.ffi_call(target, (out, lse), vmap_method="sequential")
-        options = {"scale": np.float32(request.scale), "tiles": np.bool_(tiles)}
+        options = {"scale": np.float32(request.scale), "causal": np.bool_(request.causal), "tiles": np.bool_(tiles)}
         options |= {name: np.int64(side) for name, side in zip(("block_q", "block_k"), sides, strict=True)}
         return call(q, k, v, length, *visits, jnp.asarray(patterns, bool), **options)
 
