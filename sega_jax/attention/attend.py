@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def _gather(streams: Streams, tokens: tuple[Tokens, ...], turn: bool) -> jax.Arr
             if t.table.cos.shape[3] not in (1, x.shape[3]) or t.table.magnitude.shape[3] not in (1, x.shape[3]):
                 raise ValueError(
                     f"stream {t.stream!r} has {x.shape[3]} heads, its rope {t.table.cos.shape[3]} and its magnitudes "
-                    f"{t.table.magnitude.shape[3]}: expected one for all heads, or one per head, queries' and keys' alike"
+                    f"{t.table.magnitude.shape[3]}: expected one for all heads, or one per head, of both q and k"
                 )
             x = rotate(x, t.table.cos * t.table.magnitude, t.table.sin * t.table.magnitude)
         parts.append(x)
@@ -92,11 +93,35 @@ def _gather(streams: Streams, tokens: tuple[Tokens, ...], turn: bool) -> jax.Arr
 
 
 def _attend_set(q: Streams, k: Streams, v: Streams, keys: KeySet, backend: str) -> tuple[jax.Array, jax.Array]:
-    joined = [_gather(q, keys.queries, True), _gather(k, keys.keys, True), _gather(v, keys.keys, False)]
-    batch, groups = joined[0].shape[0], max(x.shape[1] for x in joined)
+    """One softmax: (out [B, groups, n, H, D], lse [B, groups, n, H]).
+
+    A kernel takes one length, of the keys that come first.  So whole streams go before one that has a length, and what
+    further ones with lengths answer is merged in.
+    """
+    if (keys.block_map is not None or keys.causal) and any(t.length is not None for t in keys.keys[:-1]):
+        raise ValueError(
+            f"keys {', '.join(t.stream for t in keys.keys)}: a block map or causal attention counts them in order, "
+            "so only the last stream may have a length; put it last, or ask for it in a set of its own"
+        )
+    ragged = [t for t in keys.keys if t.length is not None]
+    whole = [t for t in keys.keys if t.length is None]
+    asked = _gather(q, keys.queries, True)
+    found = _attend_keys(asked, k, v, replace(keys, keys=(*whole, *ragged[:1])), backend)
+    for tokens in ragged[1:]:
+        found = merge(found, _attend_keys(asked, k, v, replace(keys, keys=(tokens,)), backend))
+    return found
+
+
+def _attend_keys(q: jax.Array, k: Streams, v: Streams, keys: KeySet, backend: str) -> tuple[jax.Array, jax.Array]:
+    """Gathered queries [B, groups, n, H, D] against keys of which the last stream may have a length."""
+    joined = [q, _gather(k, keys.keys, True), _gather(v, keys.keys, False)]
+    batch, groups = q.shape[0], max(x.shape[1] for x in joined)
     flat = [jnp.broadcast_to(x, (batch, groups, *x.shape[2:])).reshape(batch * groups, *x.shape[2:]) for x in joined]
-    length = keys.kv_length
+    last = keys.keys[-1]
+    length = last.length
     if length is not None:
+        count = k[last.stream].shape[1] if last.index is None else last.index.shape[-1]
+        length = jnp.minimum(length, count) + (flat[1].shape[1] - count)
         length = jnp.broadcast_to(length.reshape(length.shape[0], -1), (batch, groups)).reshape(-1)
     request = Request(*flat, flat[0].shape[-1] ** -0.5, length, keys.block_map, keys.causal)
     kernel, _ = choose(request, backend)

@@ -324,11 +324,11 @@ class Mixed:
                 seen = content.keys[group]
                 places = jnp.take_along_axis(places, jnp.minimum(seen, self.tokens - 1)[..., None], 1)
             if self.ragged:
-                length = content.key_count[group] + grid.text_tokens
-            keys = (Tokens("image", (unit, "image"), places, seen),)
+                length = content.key_count[group]
+            keys = (Tokens("image", (unit, "image"), places, seen, length=length),)
             if grid.text_tokens:
                 keys = (text, *keys)
-            calls.append(Call((KeySet(queries, keys, kv_length=length),), ("scatter",) * len(queries)))
+            calls.append(Call((KeySet(queries, keys),), ("scatter",) * len(queries)))
         return tuple(calls)
 
 

@@ -66,6 +66,8 @@ class Tokens:
         index: which tokens of the stream, i32 [n], [b, n] or [b, groups, n]; None takes all in order.
             An index equal to the stream's length is padding: a zero token on input, dropped on output.
         table: the rotation (`Table`), once `bind` has met positions and ropes.
+        length: i32 [b] or [b, groups], how many of these tokens are seen as keys; they come first, what is behind them
+            is padding, whose own output is nobody's.  None is all.
     """
 
     stream: str = field(metadata={"static": True})
@@ -73,6 +75,7 @@ class Tokens:
     ids: Leaf = None
     index: Leaf = None
     table: Leaf = None
+    length: Leaf = None
 
 
 @jax.tree_util.register_dataclass
@@ -82,16 +85,15 @@ class KeySet:
 
     Attributes:
         queries: streams asking, concatenated in this order.
-        keys: streams answering, concatenated in this order.
+        keys: streams answering, concatenated in this order.  Under a block map or causally, which count them, only the
+            last may have a length.
         block_map: which key blocks each query block visits; None is all.
-        kv_length: i32 [b] or [b, groups], number of valid keys (they come first); None is all.
         causal: the ``i``-th query sees only the first ``i + 1`` keys; without a block map.
     """
 
     queries: tuple[Tokens, ...]
     keys: tuple[Tokens, ...]
     block_map: BlockMap | None = None
-    kv_length: Leaf = None
     causal: bool = field(default=False, metadata={"static": True})
 
 
@@ -209,12 +211,21 @@ def _table(rope: Rope, ids: ArrayLike) -> Table:
     return Table(jnp.cos(turned), jnp.sin(turned), magnitude)
 
 
-def bind(calls: tuple[Call, ...], ropes: Mapping[str, Mapping[str, Rope]]) -> tuple[Call, ...]:
+def bind(
+    calls: tuple[Call, ...],
+    ropes: Mapping[str, Mapping[str, Rope]],
+    lengths: Mapping[str, ArrayLike] | None = None,
+) -> tuple[Call, ...]:
     """Positions and this step's ropes become rotation tables, once per step for all blocks.
 
     Args:
         calls: a layout's calls.
         ropes: grid name -> stream kind -> `Rope`, as the positional method returned it for that grid.
+        lengths: stream -> i32 [B], its tokens that are no padding; they come first (masked prompts of several
+            lengths).  Wherever the stream is a key, what is behind them is not seen.
+
+    Raises:
+        ValueError: a layout that picks tokens of a stream with lengths, or sets lengths of its own there.
     """
     known: dict[tuple[tuple[str, str], int], Table] = {}  # queries and keys usually share their ids
 
@@ -227,7 +238,17 @@ def bind(calls: tuple[Call, ...], ropes: Mapping[str, Mapping[str, Rope]]) -> tu
             known[slot] = _table(ropes[grid][kind], t.ids)
         return replace(t, ids=None, table=known[slot])
 
+    def seen(t: Tokens) -> Tokens:
+        if lengths is None or t.stream not in lengths:
+            return t
+        if t.index is not None or t.length is not None:
+            raise ValueError(
+                f"stream {t.stream!r} has lengths per sample, so it can be a key only whole and in order; this layout "
+                "picks some of its tokens"
+            )
+        return replace(t, length=lengths[t.stream])
+
     def key_set(s: KeySet) -> KeySet:
-        return replace(s, queries=tuple(map(tokens, s.queries)), keys=tuple(map(tokens, s.keys)))
+        return replace(s, queries=tuple(map(tokens, s.queries)), keys=tuple(seen(tokens(t)) for t in s.keys))
 
     return tuple(replace(call, sets=tuple(map(key_set, call.sets))) for call in calls)

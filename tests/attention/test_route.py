@@ -1,5 +1,7 @@
 """`attend` on meshes of eight fake devices against `attend` on one: schemes, and layouts that are not dense."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,8 +34,8 @@ def windows():
     index = np.stack([np.arange(s, s + 9) for s in (0, 6, 12)]).astype(np.int32)[None]
     index[0, 2, 7:] = IMAGE  # padding
     asks = Tokens("text", table=table(TEXT, groups=3)), Tokens("image", index=index, table=table(9, groups=3))
-    length = np.asarray([[14, 10, 12]], np.int32)
-    local = KeySet(asks, asks, kv_length=length)
+    seen = asks[0], replace(asks[1], length=np.asarray([[9, 5, 7]], np.int32))
+    local = KeySet(asks, seen)
     rest = KeySet(asks, (Tokens("low", table=table(LOW, batch=BATCH)),))
     others = Tokens("low", table=table(LOW, heads=HEADS))
     return (

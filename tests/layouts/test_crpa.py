@@ -1,5 +1,7 @@
 """Mixed-resolution attention against the paper's toy (arXiv 2511.19778), tables worked by hand, and hand-made masks."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,15 +133,11 @@ def test_shift_invariance():
             add = jnp.asarray([[[0.0, *shift]]], jnp.float32)
 
             def shifted(tokens, group, add=add):
-                return tuple(
-                    type(t)(t.stream, t.rope, t.ids + add / 2**group, t.index) if t.stream == "image" else t
-                    for t in tokens
-                )
+                return tuple(replace(t, ids=t.ids + add / 2**group) if t.stream == "image" else t for t in tokens)
 
             moved = tuple(
-                type(c)(
-                    tuple(type(s)(shifted(s.queries, g), shifted(s.keys, g), s.block_map, s.kv_length) for s in c.sets),
-                    c.reduce,
+                replace(
+                    c, sets=tuple(replace(s, queries=shifted(s.queries, g), keys=shifted(s.keys, g)) for s in c.sets)
                 )
                 for g, c in enumerate(moved)
             )

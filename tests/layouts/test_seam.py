@@ -238,7 +238,7 @@ def test_padding_and_ragged_keys():
     x = jnp.asarray(rng.standard_normal((2, 6, 1, 4)), jnp.float32)
     index = np.array([[4, 1, 6], [0, 6, 6]], np.int32)  # 6 is padding
     length = jnp.array([2, 0], jnp.int32)
-    keys = KeySet((Tokens("image"),), (Tokens("image", index=index),), kv_length=length)
+    keys = KeySet((Tokens("image"),), (Tokens("image", index=index, length=length),))
     out = np.asarray(attend({"image": x}, {"image": x}, {"image": x}, (Call((keys,), ("scatter",)),))["image"])
     scores = np.einsum("qhd,khd->qk", x[0], x[0, [4, 1]]) / 2
     weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)

@@ -16,7 +16,16 @@ from sega_jax.attention.merge import merge
 
 
 def ring(
-    q: Sharded, k: Sharded, v: Sharded, *, run: Run, scale: float, axis: str, total: int, head_chunks: int = 1
+    q: Sharded,
+    k: Sharded,
+    v: Sharded,
+    *,
+    run: Run,
+    scale: float,
+    axis: str,
+    total: int,
+    text_length: jax.Array | None = None,
+    head_chunks: int = 1,
 ) -> Sharded:
     """Joint attention of text and image with the image sharded over ``axis``; call inside `jax.shard_map`.
 
@@ -26,6 +35,7 @@ def ring(
         scale: multiplies the logits.
         axis: name of the context axis.
         total: image tokens of the whole sequence, without padding.
+        text_length: i32 [B], text tokens per sample that are keys (they come first); None is all.
         head_chunks: process the heads in this many groups, one after the other; those that share keys stay together.
 
     Returns:
@@ -38,7 +48,7 @@ def ring(
     if heads % head_chunks:
         raise ValueError(f"head_chunks={head_chunks}: does not divide {heads} key heads")
     if head_chunks == 1:
-        return _ring(q, k, v, run, scale, axis, total)
+        return _ring(q, k, v, run, scale, axis, total, text_length)
 
     def chunked(x: jax.Array) -> jax.Array:  # [B, N, H, D] -> [chunks, B, N, H / chunks, D]
         return jnp.moveaxis(x.reshape(*x.shape[:2], head_chunks, x.shape[2] // head_chunks, x.shape[-1]), 2, 0)
@@ -48,12 +58,21 @@ def ring(
         return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
     chunks = jax.tree.map(chunked, (q, k, v))
-    return jax.tree.map(joined, jax.lax.map(lambda c: _ring(*c, run, scale, axis, total), chunks))
+    return jax.tree.map(joined, jax.lax.map(lambda c: _ring(*c, run, scale, axis, total, text_length), chunks))
 
 
-def _ring(q: Sharded, k: Sharded, v: Sharded, run: Run, scale: float, axis: str, total: int) -> Sharded:
+def _ring(
+    q: Sharded,
+    k: Sharded,
+    v: Sharded,
+    run: Run,
+    scale: float,
+    axis: str,
+    total: int,
+    text_length: jax.Array | None,
+) -> Sharded:
     devices, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    batch, size = q.image.shape[:2]
+    (batch, size), tokens = q.image.shape[:2], q.text.shape[1]
     onward = [(i, (i + 1) % devices) for i in range(devices)]
 
     def lengths(shard: jax.Array) -> jax.Array:
@@ -66,9 +85,17 @@ def _ring(q: Sharded, k: Sharded, v: Sharded, run: Run, scale: float, axis: str,
         keys, values = (jax.lax.ppermute(x, axis, onward) for x in (keys, values))
         return (merge(state, part), keys, values), None
 
-    start = run(Request(q.image, k.text, v.text, scale))
-    start = (start[0].astype(jnp.float32), start[1])
+    if tokens:
+        start = run(Request(q.image, k.text, v.text, scale, text_length))
+        start = (start[0].astype(jnp.float32), start[1])
+    else:
+        rows = q.image.shape[:3]
+        start = jnp.zeros((*rows, v.image.shape[3]), jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32)
     (image, _), *_ = jax.lax.scan(step, (start, k.image, v.image), jnp.arange(devices))[0]
+
+    image = image.astype(q.image.dtype)
+    if not tokens:
+        return Sharded(q.text, image)
 
     # Text rows: every device answers from its own keys, then the partial results merge over the axis.
     out, lse = run(Request(q.text, k.image, v.image, scale, lengths(here)))
@@ -77,6 +104,6 @@ def _ring(q: Sharded, k: Sharded, v: Sharded, run: Run, scale: float, axis: str,
     weights = jax.lax.psum(weight, axis)
     mean = jax.lax.psum(out.astype(jnp.float32) * weight[..., None], axis)
     of_image = mean / jnp.where(weights == 0, 1.0, weights)[..., None], largest + jnp.log(weights)
-    own, own_lse = run(Request(q.text, k.text, v.text, scale))
+    own, own_lse = run(Request(q.text, k.text, v.text, scale, text_length))
     text, _ = merge((own.astype(jnp.float32), own_lse), of_image)
-    return Sharded(text.astype(q.text.dtype), image.astype(q.image.dtype))
+    return Sharded(text.astype(q.text.dtype), image)

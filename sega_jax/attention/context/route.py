@@ -1,6 +1,7 @@
 """Attention calls on a mesh: which scheme serves them, and how.
 
-``joint``: dense attention of one sharded stream and replicated ones, every token rotated where it lies.  Served by
+``joint``: dense attention of one sharded stream and replicated ones, of which one may have lengths per sample (masked
+text), every token rotated where it lies.  Served by
 `ulysses`, `ring`, or their product, in that order of preference: an all-to-all moves each token once, a ring moves the
 keys past every device, so Ulysses is taken while padding the heads to a multiple of the devices wastes at most an
 eighth; else the product with the largest common divisor of heads and devices, which is the ring where that is 1.
@@ -98,7 +99,9 @@ def is_joint(calls: tuple[Call, ...], split: Split, streams: Streams) -> bool:
     names = [t.stream for t in keys.queries]
     whole = all(t.index is None and (t.table is None or t.table.cos.shape[1] == 1) for t in (*keys.queries, *keys.keys))
     sharded = [name for name in names if split.count(name) is not None]
-    plain = keys.block_map is None and keys.kv_length is None and not keys.causal
+    ragged = [t for t in keys.keys if t.length is not None]
+    masked = len(ragged) <= 1 and all(t.stream not in sharded and t.length.ndim == 1 for t in ragged)
+    plain = keys.block_map is None and not keys.causal and masked
     return (
         plain and whole and names == [t.stream for t in keys.keys] and len(sharded) == 1 and set(names) == set(streams)
     )
@@ -149,7 +152,8 @@ def _joint(q, k, v, calls, split: Split, degree: int, kernel: str) -> dict[str, 
     keys = calls[0].sets[0]
     names = [t.stream for t in keys.queries]
     image = next(name for name in names if split.count(name) is not None)
-    text = [name for name in names if name != image]
+    lengths = {t.stream: t.length for t in keys.keys if t.length is not None}
+    text = sorted((name for name in names if name != image), key=lambda name: name in lengths)  # a length hides the end
     batch, padded, heads, width = q[image].shape
     mesh = _two_axes(split.mesh, degree)
     along, rows, context = ("ring", "heads"), split.rows(batch), split.context
@@ -167,28 +171,32 @@ def _joint(q, k, v, calls, split: Split, degree: int, kernel: str) -> dict[str, 
     def run(request: Request):
         return choose(request, kernel)[0].run(request)
 
-    def shard(q, k, v, tables):
+    def shard(q, k, v, tables, lengths):
         def pair(x, tables) -> Sharded:
             x = {name: _turn(x[name], table) for name, table in zip(names, tables, strict=True)}
-            return Sharded(jnp.concatenate([x[name] for name in text], axis=1), x[image])
+            return Sharded(jnp.concatenate([x[image][:, :0], *(x[name] for name in text)], axis=1), x[image])
 
         count = len(names)
         qkv = pair(q, tables[:count]), pair(k, tables[count:]), pair(v, [None] * count)
         options = {"run": run, "scale": width**-0.5, "total": split.count(image)}
+        for name, length in lengths.items():
+            whole = sum(k[other].shape[1] for other in text if other != name)
+            length = whole + jnp.minimum(length, k[name].shape[1])
+            options["text_length"] = jnp.broadcast_to(length, q[image].shape[:1])
         if degree == context:
             out = ulysses(*qkv, axis="heads", **options)
         else:
             shared = padded // context * degree, split_heads(local_heads, degree) // degree
             inner = partial(ring, axis="ring", head_chunks=_head_chunks(*shared, heads // kv_heads, width))
             out = inner(*qkv, **options) if degree == 1 else ulysses(*qkv, axis="heads", inner=inner, **options)
-        lengths = np.cumsum([q[name].shape[1] for name in text])[:-1]
-        parts = jnp.split(out.text, lengths, axis=1)
+        cuts = np.cumsum([q[name].shape[1] for name in text])
+        parts = jnp.split(out.text, cuts, axis=1)[:-1]
         return {image: out.image, **dict(zip(text, parts, strict=True))}
 
-    mapped = jax.shard_map(
-        shard, mesh=mesh, in_specs=(streams, streams, streams, table_specs), out_specs=streams, check_vma=False
-    )
-    return mapped(dict(q), dict(k), dict(v), tables)
+    of_samples = {name: P(rows) if x.shape[0] > 1 else P() for name, x in lengths.items()}
+    specs = streams, streams, streams, table_specs, of_samples
+    mapped = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=streams, check_vma=False)
+    return mapped(dict(q), dict(k), dict(v), tables, lengths)
 
 
 def _whole_table(tokens: Tokens, split: Split, rows: str | None, along: tuple[str, ...]) -> tuple[Any, Any]:
@@ -228,7 +236,7 @@ def _leaf_spec(path: tuple, leaf: Any, rows: str | None) -> P:
     sample = rows if leaf.ndim and leaf.shape[0] > 1 else None
     if "table" in names:
         return P(sample, None, None, _head(leaf))
-    if "kv_length" in names or ("index" in names and leaf.ndim > 1):
+    if "length" in names or ("index" in names and leaf.ndim > 1):
         return P(sample)
     return P()
 

@@ -26,6 +26,7 @@ def ulysses(
     scale: float,
     axis: str,
     total: int,
+    text_length: jax.Array | None = None,
     inner: Callable[..., Sharded] | None = None,
 ) -> Sharded:
     """Joint attention of text and image with the image sharded over ``axis``; call inside `jax.shard_map`.
@@ -36,6 +37,7 @@ def ulysses(
         scale: multiplies the logits.
         axis: name of the context axis.
         total: image tokens of the whole sequence, without padding.
+        text_length: i32 [B], text tokens per sample that are keys (they come first); None is all.
         inner: the scheme for a second context axis, the outer one of the token order: `ring` with its ``axis``
             given; each of its shards then holds the tokens of all devices of ``axis``.
 
@@ -57,18 +59,24 @@ def ulysses(
 
     mine = tuple(to_heads(x) for x in (q, k, v))
     answer = partial(inner, run=run) if inner is not None else partial(_joint, run=run)
-    out = answer(*mine, scale=scale, total=total)
+    out = answer(*mine, scale=scale, total=total, text_length=text_length)
     image = jax.lax.all_to_all(out.image, axis, split_axis=1, concat_axis=2, tiled=True)
-    text = jax.lax.all_gather(out.text, axis, axis=2, tiled=True)
-    return Sharded(text[:, :, :heads], image[:, :, :heads])
+    text = q.text  # nothing, where there is none
+    if q.text.shape[1]:
+        text = jax.lax.all_gather(out.text, axis, axis=2, tiled=True)[:, :, :heads]
+    return Sharded(text, image[:, :, :heads])
 
 
-def _joint(q: Sharded, k: Sharded, v: Sharded, *, run: Run, scale: float, total: int) -> Sharded:
-    """The whole sequence on this device: text first, padding last, so a key length hides it."""
-    joined = [jnp.concatenate(x, axis=1) for x in (q, k, v)]
+def _joint(
+    q: Sharded, k: Sharded, v: Sharded, *, run: Run, scale: float, total: int, text_length: jax.Array | None
+) -> Sharded:
+    """The whole sequence on this device; what is no key comes last, so that a key length hides it."""
     text, batch = q.text.shape[1], q.text.shape[0]
-    length = None
-    if total < q.image.shape[1]:
+    joined, length = [jnp.concatenate(x, axis=1) for x in (q, k, v)], None
+    if text_length is not None:
+        joined[1:] = (jnp.concatenate([x.image[:, :total], x.text], axis=1) for x in (k, v))
+        length = total + text_length
+    elif total < q.image.shape[1]:
         length = jnp.full((batch,), text + total, jnp.int32)
     out, _ = run(Request(*joined, scale, length))
     return Sharded(out[:, :text], out[:, text:])
