@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 IdConvention = Literal["corner", "centered"]
+TextIds = Literal["origin", "diagonal", "sequence", "frames"]
 
 
 LONGEST_SIDE = 65_536  # pixels; ten times the largest picture that any of the methods has been shown on
@@ -21,12 +22,18 @@ class RopeSpec:
     """Rotary geometry of a model family.
 
     Attributes:
-        dims: head channels per rotary axis ``(frame, row, column)``, each even.
+        dims: head channels per rotary axis, each even.
         theta: base of the frequencies ``theta ** (-2 i / d)``.
         trained: tokens per side ``(rows, columns)`` the model was trained on.
-        ids: position convention.  ``"corner"`` (FLUX): text at (0, 0, 0), image rows and columns from 0.
-            ``"centered"`` (Qwen-Image): image ids centred on 0, text on the diagonal behind them.
+        ids: position convention of the image.  ``"corner"`` (FLUX): rows and columns from 0.  ``"centered"``
+            (Qwen-Image): centred on 0, the last of ``n`` at ``n // 2 - 1``.
         pixels_per_token: pixels per token side (VAE factor times patch side).
+        roles: what each axis of ``dims`` counts: ``"row"`` and ``"column"`` of the image, which positional methods
+            rescale, and others, which stay as trained: ``"frame"``, ``"sequence"`` (of the text), or any name.
+        text: where text tokens are.  ``"origin"`` (FLUX.1, Krea-2): all at 0.  ``"diagonal"`` (Qwen-Image): token k on
+            every axis at k plus what comes after the image's last row or column.  ``"sequence"`` (FLUX.2): at k on the
+            axis of that role, at 0 on the others.  ``"frames"`` (Z-Image): at 1 + k on the frame axis, the image in the
+            frame after the last.  None: ``"origin"`` beside ``"corner"``, ``"diagonal"`` beside ``"centered"``.
     """
 
     dims: tuple[int, ...] = (16, 56, 56)
@@ -34,10 +41,19 @@ class RopeSpec:
     trained: tuple[int, int] = (64, 64)
     ids: IdConvention = "corner"
     pixels_per_token: int = 16
+    roles: tuple[str, ...] = ("frame", "row", "column")
+    text: TextIds | None = None
 
     def __post_init__(self):
-        if len(self.dims) != 3 or any(d <= 0 or d % 2 for d in self.dims):
-            raise ValueError(f"dims={self.dims}: expected three positive even channel counts (frame, row, column)")
+        if len(self.dims) != len(self.roles) or any(d <= 0 or d % 2 for d in self.dims):
+            raise ValueError(f"dims={self.dims}: expected positive even channel counts, one per role of {self.roles}")
+        if len(set(self.roles)) < len(self.roles) or not {"row", "column"} <= set(self.roles):
+            raise ValueError(f"roles={self.roles}: expected 'row', 'column' and others, each once")
+        if self.text not in (None, "origin", "diagonal", "sequence", "frames"):
+            raise ValueError(f"text={self.text!r}: expected 'origin', 'diagonal', 'sequence', 'frames' or None")
+        needed = {"sequence": "sequence", "frames": "frame"}.get(self.text)
+        if needed is not None and needed not in self.roles:
+            raise ValueError(f"text={self.text!r}: needs an axis of the role {needed!r}; the roles are {self.roles}")
         if self.theta <= 1:
             raise ValueError(f"theta={self.theta}: the rotary base must exceed 1")
         if min(self.trained) < 1:
@@ -46,6 +62,32 @@ class RopeSpec:
             raise ValueError(f"ids={self.ids!r}: expected 'corner' (FLUX) or 'centered' (Qwen-Image)")
         if self.pixels_per_token < 1:
             raise ValueError(f"pixels_per_token={self.pixels_per_token}: expected a positive integer")
+
+    def axis(self, role: str) -> int:
+        """Number of the axis that counts ``role``.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if role not in self.roles:
+            raise ValueError(f"role {role!r}: no axis counts it; the roles are {self.roles}")
+        return self.roles.index(role)
+
+    @property
+    def spatial(self) -> tuple[int, int]:
+        """Numbers of the axes of rows and columns."""
+        return self.axis("row"), self.axis("column")
+
+    @property
+    def spatial_dims(self) -> tuple[int, int]:
+        """Head channels of the axes of rows and columns."""
+        rows, columns = self.spatial
+        return self.dims[rows], self.dims[columns]
+
+    @property
+    def text_ids(self) -> TextIds:
+        """``text``, or what goes with ``ids``."""
+        return self.text or ("origin" if self.ids == "corner" else "diagonal")
 
     def grid(self, height: int, width: int, text_tokens: int = 0) -> Grid:
         """Token grid of ``height`` rows by ``width`` columns, with ``text_tokens`` text tokens."""
@@ -94,33 +136,47 @@ class Grid:
         """Tokens per side over trained tokens per side (rows, columns); below 1 for small images."""
         return self.height / self.spec.trained[0], self.width / self.spec.trained[1]
 
+    @property
+    def origin(self) -> np.ndarray:
+        """Ids of image tokens where rows and columns are 0: f32 [axes]."""
+        origin = np.zeros(len(self.spec.dims), np.float32)
+        if self.spec.text_ids == "frames":
+            origin[self.spec.axis("frame")] = self.text_tokens + 1
+        return origin
+
     def ids(self, largest: int | None = None) -> dict[str, np.ndarray]:
         """Position ids, float32 (exact; never bf16, which collides above 256).
 
         Args:
             largest: only for ``"corner"``: shift rows and columns so that the last id of a longer side is this
-                value, and the text to the first image token, as SEGA's FLUX pipeline does with 256 (arXiv 2605.22668).
-                RoPE is relative, so the shift changes no logit.
+                value, and the text with the first image token, as SEGA's FLUX pipeline (arXiv 2605.22668) does with
+                256.  RoPE is relative, so the shift changes no logit.
 
         Returns:
-            ``{"text": f32[text_tokens, 3], "image": f32[height * width, 3]}``, image row by row.
+            ``{"text": f32[text_tokens, axes], "image": f32[height * width, axes]}``, image row by row.
         """
+        spec = self.spec
+        row, column = spec.spatial
         rows, columns = np.arange(self.height), np.arange(self.width)
-        text = np.zeros((self.text_tokens, 3), np.float32)
-        if self.spec.ids == "centered":
+        if spec.ids == "centered":
             rows = rows - (self.height - self.height // 2)
             columns = columns - (self.width - self.width // 2)
-            first = max(self.height // 2, self.width // 2)
-            text = text + (first + np.arange(self.text_tokens, dtype=np.float32))[:, None]
+        number = np.arange(self.text_tokens, dtype=np.float32)
+        text = np.zeros((self.text_tokens, len(spec.dims)), np.float32)
+        if spec.text_ids == "diagonal":
+            text += (max(rows[-1], columns[-1]) + 1 + number)[:, None]
+        elif spec.text_ids == "sequence":
+            text[:, spec.axis("sequence")] = number
+        elif spec.text_ids == "frames":
+            text[:, spec.axis("frame")] = 1 + number
         if largest is not None:
-            if self.spec.ids != "corner":
-                raise ValueError(
-                    f"largest={largest}: only 'corner' ids can be capped; this grid uses {self.spec.ids!r}"
-                )
+            if spec.ids != "corner":
+                raise ValueError(f"largest={largest}: only 'corner' ids can be capped; this grid uses {spec.ids!r}")
             rows = rows - max(0, self.height - 1 - largest)
             columns = columns - max(0, self.width - 1 - largest)
-            text = text + np.array([0, rows[0], columns[0]], np.float32)
-        image = np.zeros((self.height, self.width, 3), np.float32)
-        image[..., 1] = rows[:, None]
-        image[..., 2] = columns[None, :]
-        return {"text": text, "image": image.reshape(-1, 3)}
+            text[:, row] += rows[0]
+            text[:, column] += columns[0]
+        image = np.tile(self.origin, (self.height, self.width, 1))
+        image[..., row] = rows[:, None]
+        image[..., column] = columns[None, :]
+        return {"text": text, "image": image.reshape(-1, len(spec.dims))}

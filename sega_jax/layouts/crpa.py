@@ -263,8 +263,11 @@ class Mixed:
         return replace(grid, height=grid.height >> level, width=grid.width >> level)
 
     def grids(self, grid: Grid) -> dict[str, Grid]:
-        if grid.spec.ids != "corner":
-            raise ValueError(f"crpa: position ids are {grid.spec.ids!r}; only 'corner' ids are implemented")
+        if grid.spec.ids != "corner" or grid.spec.text_ids == "diagonal":
+            raise ValueError(
+                f"crpa: position ids are {grid.spec.ids!r} with text at {grid.spec.text_ids!r}; only 'corner' ids are "
+                "implemented, with text off the picture's axes"
+            )
         if self.positions == "stretched":
             small = self.level_grid(grid, self.levels - 1)
             return {level_name(0): replace(grid, spec=replace(grid.spec, trained=(small.height, small.width)))}
@@ -288,7 +291,7 @@ class Mixed:
         return out
 
     def positions_in(self, grid: Grid, content: Arrangement, unit: int) -> jax.Array:
-        """Rotary positions of the sequence in units of a level's grid: f32 [b, L, 3].
+        """Rotary positions of the sequence in units of a level's grid: f32 [b, L, axes].
 
         The paper's ``p_k^(q) = S_q / S_k p_k``, where S grows with resolution.
         """
@@ -298,10 +301,12 @@ class Mixed:
             cells = jnp.stack([content.index[level] // width, content.index[level] % width], -1)
             parts.append(cells.astype(jnp.float32) * 2.0 ** (level - unit))
         places = jnp.concatenate(parts, axis=1)
-        return jnp.concatenate([jnp.zeros_like(places[..., :1]), places], -1)
+        own = dict(zip(grid.spec.spatial, (places[..., 0], places[..., 1]), strict=True))
+        rest = (jnp.full_like(places[..., 0], value) for value in grid.origin)
+        return jnp.stack([own.get(axis, value) for axis, value in enumerate(rest)], -1)
 
     def calls(self, grid: Grid, content: Content) -> tuple[Call, ...]:
-        words = np.zeros((grid.text_tokens, 3), np.float32)
+        words = grid.ids()["text"]
         calls = []
         groups = self.groups if self.single is None else (self.single,)
         start = 0

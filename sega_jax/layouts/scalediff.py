@@ -176,11 +176,18 @@ def _rope(stream: str) -> tuple[str, str]:
     return "window", stream
 
 
-def _corner_ids(ids: np.ndarray, rows: Starts, columns: Starts) -> Starts:
-    """Ids [n, 3] moved to every window's first token: [windows, n, 3]."""
+def _corner_ids(grid: Grid, ids: np.ndarray, rows: Starts, columns: Starts) -> Starts:
+    """Ids [n, axes] moved to every window's first token: [windows, n, axes]."""
     numbers = jnp if isinstance(rows, jax.Array) else np
-    corners = numbers.stack(numbers.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
-    return ids[None] + numbers.pad(corners, ((0, 0), (1, 0)))[:, None]
+    down, across = (x.reshape(-1).astype(np.float32) for x in numbers.meshgrid(rows, columns, indexing="ij"))
+    return ids[None] + _shift(grid, down, across)[:, None]
+
+
+def _shift(grid: Grid, rows: Starts, columns: Starts) -> Starts:
+    """Rows and columns f32 [...] as ids [..., axes], 0 on the other axes."""
+    numbers = jnp if isinstance(rows, jax.Array) else np
+    given = dict(zip(grid.spec.spatial, (rows, columns), strict=True))
+    return numbers.stack([given.get(a, numbers.zeros_like(rows)) for a in range(len(grid.spec.dims))], -1)
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------
@@ -220,12 +227,12 @@ def _block_calls(grid: Grid, rows: Axis, columns: Axis) -> tuple[Call, ...]:
     # where a query stands inside its window, in patch order
     y, x = order // columns.tokens, order % columns.tokens
     inside = ids["image"][order]
-    inside = inside - np.stack([0 * y, top[y // rows.patch], left[x // columns.patch]], -1).astype(np.float32)
+    inside = inside - _shift(grid, *(s.astype(np.float32) for s in (top[y // rows.patch], left[x // columns.patch])))
     words = Tokens("text", _rope("text"), ids["text"])
     prompt = KeySet((Tokens("image", _rope("image"), inside),), (words,))
     # the text's questions, once per window, from the window's first token
     each = np.tile(np.arange(grid.text_tokens, dtype=np.int32), patches)
-    moved = _corner_ids(ids["text"], top, left).reshape(-1, 3)
+    moved = _corner_ids(grid, ids["text"], top, left).reshape(-1, len(grid.spec.dims))
     asking = Tokens("text", _rope("text"), moved, each)
     still = Tokens("text", _rope("text"), np.tile(ids["text"], (patches, 1)), each)
     return (
@@ -258,12 +265,12 @@ def _window_calls(grid: Grid, rows: Axis, columns: Axis, offsets: jax.Array | No
     queries = _tokens_of(a, b, (rows.patch, columns.patch), canvas)
     keys = _tokens_of(top, left, (rows.keys, columns.keys), canvas)
     ids = grid.ids()
-    image_ids = np.concatenate([ids["image"], np.zeros((1, 3), np.float32)])  # the last row serves padding
+    image_ids = np.concatenate([ids["image"], np.zeros_like(ids["image"][:1])])  # the last row serves padding
     if isinstance(queries, jax.Array):
         image_ids = jnp.asarray(image_ids)
     words = ()
     if grid.text_tokens:
-        words = (Tokens("text", _rope("text"), _corner_ids(ids["text"], top, left)[None]),)
+        words = (Tokens("text", _rope("text"), _corner_ids(grid, ids["text"], top, left)[None]),)
     asking = (*words, Tokens("image", _rope("image"), image_ids[queries][None], queries[None]))
     answering = (*words, Tokens("image", _rope("image"), image_ids[keys][None], keys[None]))
     reduce = ("mean",) * len(words) + ("scatter",)

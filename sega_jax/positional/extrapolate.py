@@ -3,7 +3,7 @@
 Functions named below without a source are of DyPE's code (guyyariv/DyPE, ``flux/transformer_flux.py``).
 
 All of them leave an axis at or below its trained length exactly as trained: geometry is static, so that is a Python
-branch.  The frame axis is never scaled.
+branch.  Axes that are neither rows nor columns are never scaled.
 """
 
 # ruff: noqa: RUF009 - the field makers return dataclass fields
@@ -30,12 +30,14 @@ from sega_jax.positional.rules import (
     Signals,
     choice,
     number,
+    on_axes,
     pair,
     per_pair,
     plain_frequencies,
     plain_magnitudes,
     real_dtype,
     side,
+    spatial,
 )
 
 
@@ -89,11 +91,7 @@ class _Extrapolation(FrequencyRule):
     def frequencies(self, grid: Grid, signals: Signals) -> PerStream:
         """Frequencies per stream kind and axis, radians per token, [..., d_a / 2]."""
         trained = plain_frequencies(grid)["image"]
-        image = tuple(
-            plain if new is None else new
-            for plain, new in zip(trained, (None, *self.spatial(grid, signals)), strict=True)
-        )
-        return _per_stream(grid, self.text, trained, image)
+        return _per_stream(grid, self.text, trained, on_axes(grid, trained, *self.spatial(grid, signals)))
 
     def spatial(self, grid: Grid, signals: Signals) -> tuple[jax.Array | None, jax.Array | None]:
         """Frequencies of rows and columns, None where an axis stays as trained."""
@@ -130,7 +128,7 @@ class pi(_Extrapolation):
         theta = grid.spec.theta
         return tuple(
             _slowed(d, theta, kappa * math.log(s), np.ones(d // 2)) if s > 1 else None
-            for d, s in zip(grid.spec.dims[1:], self.policy().scales(grid), strict=True)
+            for d, s in zip(grid.spec.spatial_dims, self.policy().scales(grid), strict=True)
         )
 
 
@@ -155,7 +153,7 @@ class ntk(_Extrapolation):
 
     def spatial(self, grid: Grid, signals: Signals) -> tuple[jax.Array | None, jax.Array | None]:
         kappa = strength_at(self.strength, signals, published=2.0)
-        theta, dims = grid.spec.theta, grid.spec.dims[1:]
+        theta, dims = grid.spec.theta, grid.spec.spatial_dims
 
         def log_factor(channels: int, s: float) -> jax.Array:
             growth = kappa * (_ntk_power(channels) * math.log(s))
@@ -213,7 +211,7 @@ class yarn(_Extrapolation):
         policy = self.policy()
         scales = policy.scales(grid)
         of_ntk = Policy(self.ntk_scale or self.scale, self.activation, self.trained).scales(grid)
-        axes = zip(grid.spec.dims[1:], policy.side(grid), scales, of_ntk, strict=True)
+        axes = zip(grid.spec.spatial_dims, policy.side(grid), scales, of_ntk, strict=True)
         return tuple(
             self._axis(d, grid.spec.theta, length, s_pi, s_ntk, kappa) if max(s_pi, s_ntk) > 1 else None
             for d, length, s_pi, s_ntk in axes
@@ -290,11 +288,11 @@ class temperature(MagnitudeRule):
         kappa = strength_at(self.strength, signals, published=1.0)
         scales = followed(self, policy, Policy()).scales(grid)
         trained = plain_magnitudes(grid)["image"]
-        spatial = tuple(
-            per_pair(1 + kappa * self.coefficient * math.log(s), ones, jnp.multiply) if s > 1 else ones
-            for ones, s in zip(trained[1:], scales, strict=True)
+        scaled = (
+            per_pair(1 + kappa * self.coefficient * math.log(s), ones, jnp.multiply) if s > 1 else None
+            for ones, s in zip(spatial(grid, trained), scales, strict=True)
         )
-        return _per_stream(grid, "convention", trained, (trained[0], *spatial))
+        return _per_stream(grid, "convention", trained, on_axes(grid, trained, *scaled))
 
 
 def followed(rule: Any, policy: Policy | None, alone: Policy) -> Policy:

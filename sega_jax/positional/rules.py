@@ -272,6 +272,18 @@ def plain_magnitudes(grid: Grid) -> PerStream:
     return {"text": rope.magnitude, "image": rope.magnitude}
 
 
+def spatial(grid: Grid, per_axis: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Of values per axis, those of rows and columns."""
+    rows, columns = grid.spec.spatial
+    return per_axis[rows], per_axis[columns]
+
+
+def on_axes(grid: Grid, trained: tuple[Any, ...], rows: Any, columns: Any) -> tuple[Any, ...]:
+    """``trained`` per axis, with the values of rows and columns in their places; None leaves one as trained."""
+    new = dict(zip(grid.spec.spatial, (rows, columns), strict=True))
+    return tuple(old if new.get(axis) is None else new[axis] for axis, old in enumerate(trained))
+
+
 def join(frequencies: PerStream, magnitudes: PerStream) -> dict[str, Rope]:
     """Ropes per stream kind from frequencies and magnitudes per stream kind."""
     return {kind: Rope(frequencies[kind], magnitudes[kind]) for kind in frequencies}

@@ -28,10 +28,12 @@ from sega_jax.positional.rules import (
     Signals,
     choice,
     number,
+    on_axes,
     pair,
     plain_magnitudes,
     real_dtype,
     side,
+    spatial,
 )
 from sega_jax.positional.spectrum import EPS, Bins, Spectrum, measure
 
@@ -92,11 +94,11 @@ class sega_magnitude(MagnitudeRule):
             self.allocate(pair_correction(energy, len(ones), self.beta), self.reference_magnitude(s), amplitude)
             if s > 1
             else ones
-            for ones, s, energy in zip(trained[1:], scales, (spectrum.height, spectrum.width), strict=True)
+            for ones, s, energy in zip(spatial(grid, trained), scales, (spectrum.height, spectrum.width), strict=True)
         )
         if self.share_width and grid.spec.ids == "centered":
             rows = columns
-        image = (trained[0], rows, columns)
+        image = on_axes(grid, trained, rows, columns)
         return {"text": image, "image": image}
 
     def reference_magnitude(self, s: float) -> jax.Array:

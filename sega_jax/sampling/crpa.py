@@ -157,8 +157,11 @@ class Crpa:
                 f"layout {self.name}: {grid.pixels[1]} x {grid.pixels[0]} pixels; with {self.levels} levels both sides "
                 f"must be multiples of {pixels}"
             )
-        if grid.spec.ids != "corner":
-            raise ValueError(f"layout crpa: position ids are {grid.spec.ids!r}; only 'corner' ids are implemented")
+        if grid.spec.ids != "corner" or grid.spec.text_ids == "diagonal":
+            raise ValueError(
+                f"layout crpa: position ids are {grid.spec.ids!r} with text at {grid.spec.text_ids!r}; only 'corner' "
+                "ids are implemented, with text off the picture's axes"
+            )
 
 
 # -- the algebra of a step ---------------------------------------------------------------------------------------

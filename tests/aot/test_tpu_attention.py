@@ -71,9 +71,7 @@ def test_compiles(chip, name):
 def test_grouped_and_causal_compiles(chip, kv_heads):
     """Text encoders' attention: causal, keys grouped or not, lengths per sample."""
     place = SingleDeviceSharding(topologies.get_topology_desc(CHIPS[chip], "tpu").devices[0])
-    q, k = (
-        jax.ShapeDtypeStruct((2, 4_096, heads, 128), jnp.bfloat16, sharding=place) for heads in (HEADS, kv_heads)
-    )
+    q, k = (jax.ShapeDtypeStruct((2, 4_096, heads, 128), jnp.bfloat16, sharding=place) for heads in (HEADS, kv_heads))
     length = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=place)
     run = jax.jit(lambda q, k, length: tpu.run(Request(q, k, k, 0.1, length, causal=True)))
     memory = run.lower(q, k, length).compile().memory_analysis()
