@@ -23,7 +23,7 @@ from converters.keymap import OPERATIONS, Tensor
 from converters.lora import Lora, fitting, merge, parse_lora, read_lora
 from converters.reading.formats import inside, read_json, read_pipeline
 from converters.reading.quantised import DEQUANTISED_KEY, FORMATS, Format, quantised
-from converters.reading.sources import is_float
+from converters.reading.sources import is_float, kept_type
 from converters.report import REPORT_FILE, report_path, tool_version
 from converters.stream import (
     Output,
@@ -80,7 +80,7 @@ def outputs_for(part: Part, layout: str, dtype: np.dtype | None) -> list[Output]
     outputs = []
     for tensor in part.family.tensors(part.config, layout):
         origin = [slots[slot] for slot in tensor.slots]
-        stored = {part.source.storage(source.source) for source, _ in origin}
+        stored = {kept_type(part.source, source.source) for source, _ in origin}
         kind = _common(stored, dtype, tensor.source)
         for name in rename(tensor.source):
             outputs.append(Output(name, tensor.shape, kind, _reader(part, tensor, origin)))
@@ -208,6 +208,14 @@ def _size(checkpoint: Checkpoint, target: str, dtype: np.dtype | None, form: For
     return sum(output.nbytes for part in parts for output in _outputs(part, target, dtype, form))
 
 
+def _kept(checkpoint: Checkpoint) -> str:
+    """What is written where no type is asked for, in words."""
+    dequantised = {
+        kind for part in checkpoint.parts.values() if (kind := part.source.metadata.get(DEQUANTISED_KEY)) is not None
+    }
+    return f"kept ({', '.join(sorted(dequantised))} as bfloat16)" if dequantised else "kept"
+
+
 def _component_record(part: Part, target: str) -> dict[str, Any]:
     return {
         "family": part.family.name,
@@ -259,8 +267,8 @@ def convert(
         destination: a folder (``orbax``, ``diffusers``, or ``bfl`` of several components) or a file (``bfl`` of
             one component).  It appears complete or not at all.
         to: ``orbax``, ``diffusers`` or ``bfl``.
-        dtype: ``bf16``, ``f16`` or ``f32`` for all floating-point tensors; None keeps each tensor's own (and
-            writes dequantised weights as bf16).  With ``bfl``, ``fp8`` and ``int8`` store the matrices of the
+        dtype: ``bf16``, ``f16`` or ``f32`` for all floating-point tensors; None keeps each tensor's own, and
+            writes those that were dequantised as bf16.  With ``bfl``, ``fp8`` and ``int8`` store the matrices of the
             transformer's and T5's blocks in eight bits with scales, as ComfyUI reads them, and keep the rest.
         verify: ``exact`` reads the output back and compares every parameter with the source; ``forward`` also
             compares every block's output with the reference modules (needs torch, diffusers, transformers).
@@ -313,12 +321,6 @@ def convert(
         if verify == "forward":
             import converters.verify.forward  # noqa: F401  before any work, so that a missing torch is said at once
         kind = DTYPES[dtype] if dtype and form is None else None
-        if (
-            kind is None
-            and form is None
-            and any(DEQUANTISED_KEY in part.source.metadata for part in checkpoint.parts.values())
-        ):
-            kind = DTYPES["bf16"]
         rest = _choose_base(checkpoint, base, to)
         needed = _size(checkpoint, to, kind, form)
         _check_room(needed, destination)
@@ -335,7 +337,7 @@ def convert(
                 for i, (lora, weight) in enumerate(merged)
             ],
             "to": to,
-            "dtype": form.name if form is not None else kind.name if kind is not None else "kept",
+            "dtype": form.name if form is not None else kind.name if kind is not None else _kept(checkpoint),
             "bytes": needed,
             "components": {name: _component_record(part, to) for name, part in checkpoint.parts.items()},
         }
@@ -350,7 +352,7 @@ def convert(
             report["copied"] = foreign_files(product) if product.is_dir() else []
             if verify:
                 report["seconds"]["verify"] = _verify(
-                    checkpoint, product, report, verify, allow_nonfinite, threads, progress
+                    checkpoint, product, report, verify, kind, allow_nonfinite, threads, progress
                 )
             beside = report_path(product)
             write_text(beside, json.dumps(report, indent=1))
@@ -382,6 +384,7 @@ def _verify(
     product: Path,
     report: dict[str, Any],
     level: str,
+    dtype: np.dtype | None,
     allow_nonfinite: bool,
     threads: int,
     progress: bool,
@@ -393,7 +396,7 @@ def _verify(
         for name, part in checkpoint.parts.items():
             if name not in output.parts:
                 raise CheckpointError(f"{product}: the {name} is not in the output")
-            findings = verification.compare(part, output.parts[name], threads, bar)
+            findings = verification.compare(part, output.parts[name], threads, bar, dtype)
             verification.check(findings, name, allow_nonfinite=allow_nonfinite)
             report["components"][name]["verify"] = asdict(findings)
             hashes += [(f"{name}/{slot}", value) for slot, value in findings.hashes.items()]

@@ -25,6 +25,9 @@ def is_gguf(path: Path) -> bool:
 class GgufSource:
     """Tensors of a GGUF file, memory-mapped; quantised ones are dequantised to float32 when read.
 
+    Attributes:
+        dequantised: names of those.
+
     Raises:
         CheckpointError: the package ``gguf`` is missing, or the file is damaged.
     """
@@ -57,7 +60,8 @@ class GgufSource:
         }
         self.files = (path,)
         self._tensors = {tensor.name: tensor for tensor in tensors}
-        quantised = sorted({t.tensor_type.name for t in tensors if t.tensor_type not in self._stored})
+        self.dequantised = frozenset(t.name for t in tensors if t.tensor_type not in self._stored)
+        quantised = sorted({t.tensor_type.name for t in tensors if t.name in self.dequantised})
         self.metadata = {DEQUANTISED_KEY: f"GGUF {', '.join(quantised)}"} if quantised else {}
 
     def keys(self) -> list[str]:

@@ -247,6 +247,16 @@ def scale_of(source: Source, name: str) -> tuple[str, np.ndarray] | None:
     return None
 
 
+def kept_type(source: Source, name: str) -> np.dtype:
+    """The type a tensor is written in unless another is asked for: its own, and bfloat16 for dequantised weights."""
+    if isinstance(source, NamedSource):
+        return kept_type(source._source, source._names[name][0])
+    if isinstance(source, ComputedSource):
+        return np.dtype(ml_dtypes.bfloat16) if name in source._scales else kept_type(source._source, name)
+    quantised = name in getattr(source, "dequantised", ())
+    return np.dtype(ml_dtypes.bfloat16) if quantised else source.storage(name)
+
+
 def bits(array: np.ndarray) -> np.ndarray:
     """The same memory as unsigned integers, so that NaNs compare and bfloat16 is fast."""
     return array.view(np.dtype(f"u{array.dtype.itemsize}")) if array.dtype.itemsize in (1, 2, 4, 8) else array

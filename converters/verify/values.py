@@ -19,7 +19,7 @@ from converters.errors import CheckpointError
 from converters.keymap import Slot
 from converters.kinds import slot_name
 from converters.reading.quantised import BY_STORAGE, Format
-from converters.reading.sources import is_float, scale_of
+from converters.reading.sources import is_float, kept_type, scale_of
 from converters.stream import Progress, all_finite, blocks, contiguous, default_workers, in_parallel
 from converters.verify.digest import Digest
 
@@ -167,8 +167,16 @@ def _compare(
             findings.wrong[name] = what
 
 
-def compare(source: Part, output: Part, workers: int, progress: Progress) -> Findings:
-    """Every parameter of the source against the output, both read from their files."""
+def compare(source: Part, output: Part, workers: int, progress: Progress, dtype: np.dtype | None = None) -> Findings:
+    """Every parameter of the source against the output, both read from their files.
+
+    Args:
+        source, output: the component on both sides.
+        workers: threads.
+        progress: told of the bytes compared.
+        dtype: the type that was asked for; without one every parameter must have kept its own, so that a rounding
+            nobody asked for is found.
+    """
     findings, lock = Findings(), threading.Lock()
     theirs, ours = source.slots(), output.slots()
     for slot in theirs.keys() ^ ours.keys():
@@ -178,6 +186,13 @@ def compare(source: Part, output: Part, workers: int, progress: Progress) -> Fin
         def run() -> None:
             tensor, piece = ours[slot]
             known, stored = scale_of(output.source, tensor.source), None
+            own = kept_type(source.source, theirs[slot][0].source)
+            expected = dtype if dtype is not None and is_float(own) else own
+            written = output.source.storage(tensor.source)
+            if known is None and written != expected:
+                with lock:
+                    findings.wrong[slot_name(slot)] = f"written as {written.name}, expected {expected.name}"
+                return
             if known is not None and known[0] in BY_STORAGE:
                 stored = BY_STORAGE[known[0]], stored_order(slot, tensor.pieces(known[1])[piece])
             view, theirs_view = _view(output, tensor, piece, slot), _view(source, *theirs[slot], slot)

@@ -3,11 +3,14 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from converters.components import open_checkpoint
 from converters.convert import convert
 from converters.errors import CheckpointError
+from converters.stream import Progress
+from converters.verify.values import compare
 
 gguf = pytest.importorskip("gguf")
 
@@ -60,7 +63,35 @@ def test_values(tmp_path, file):
     convert(path, tmp_path / "out", to="orbax", verify="exact", progress=False)
     with open_checkpoint(tmp_path / "out") as opened:
         part = opened.parts["transformer"]
-        assert {part.source.storage(t.source).name for t in part.tensors} == {"bfloat16"}
+        assert {part.source.storage(t.source).name for t in part.tensors} == {"bfloat16", "float16", "float32"}
+
+
+def test_only_what_was_quantised_is_rounded(tmp_path, file):
+    """Norms, biases and embedders that lie in the file as they are keep every bit, and --verify insists on it."""
+    path, expected = file
+    report = convert(path, tmp_path / "out.safetensors", to="bfl", verify="exact", progress=False)
+    assert report["dtype"] == "kept (GGUF Q8_0 as bfloat16)"
+    with safe_open(path.parent / "out.safetensors", framework="numpy") as got:
+        for name, value in expected.items():
+            quantised = value.ndim == 2 and value.shape[1] % 32 == 0 and value.dtype != ml_dtypes.bfloat16
+            wanted = value.astype(ml_dtypes.bfloat16) if quantised else value
+            assert got.get_tensor(name).dtype == wanted.dtype
+            assert got.get_tensor(name).tobytes() == np.ascontiguousarray(wanted).tobytes(), name
+    found = report["components"]["transformer"]["verify"]
+    assert 0 < found["rounded"] < found["slots"] / 2
+    assert found["equal"] + found["rounded"] == found["slots"]
+
+
+def test_verification_sees_a_rounding_nobody_asked_for(tmp_path, file):
+    path, _ = file
+    convert(path, tmp_path / "narrow.safetensors", to="bfl", dtype="bf16", progress=False)
+    with open_checkpoint(path) as source, open_checkpoint(tmp_path / "narrow.safetensors") as output:
+        parts = source.parts["transformer"], output.parts["transformer"]
+        findings = compare(*parts, 1, Progress(1, "", False))
+        asked = compare(*parts, 1, Progress(1, "", False), np.dtype(ml_dtypes.bfloat16))
+    assert findings.wrong["double.image.attention.query_norm.scale.0"] == "written as bfloat16, expected float32"
+    assert "image_embed.bias" in findings.wrong  # float16 in the file
+    assert not asked.wrong
 
 
 @pytest.mark.parametrize("keep", [4, 20, 100, 2000, -1])

@@ -5,6 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from converters.__main__ import main
 from converters.components import open_checkpoint
@@ -199,3 +200,20 @@ def test_other_kinds_of_int8_are_refused(tmp_path, note, message):
         write_safetensors(tmp_path / "q.safetensors", outputs, {}, 1, bar)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "q.safetensors")
+
+
+def test_only_what_was_quantised_is_rounded(tmp_path, tiny):
+    """Tensors of a scaled float8 file that lie there as they are keep their type; only the others become bfloat16."""
+    state = tiny.state("transformer", "bfl", np.float32)
+    state["img_in.bias"] = state["img_in.bias"].astype(np.float16)
+    plain = tmp_path / "plain.safetensors"
+    save_file(state, plain)
+    convert(plain, tmp_path / "q.safetensors", to="bfl", dtype="fp8", progress=False)
+    report = convert(tmp_path / "q.safetensors", tmp_path / "out.safetensors", to="bfl", verify="exact", progress=False)
+    assert report["dtype"] == "kept (scaled float8_e4m3fn as bfloat16)"
+    for name, value in tensors(tmp_path / "out.safetensors").items():
+        if is_matrix(name):
+            assert value.dtype == ml_dtypes.bfloat16
+        else:
+            assert value.dtype == state[name].dtype
+            assert value.tobytes() == state[name].tobytes()
