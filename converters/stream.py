@@ -20,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from converters.errors import CheckpointError
-from converters.reading.sources import STORAGE, TREE_FILE, bits, is_float, tree_metadata
+from converters.reading.formats import STORAGE
+from converters.reading.sources import TREE_FILE, bits, is_float, tree_metadata
 
 BLOCK = 8 << 20  # bytes that a worker holds while it writes
 CHUNK_LIMIT = 128 << 20  # bytes of one Orbax chunk; larger arrays are split

@@ -8,28 +8,30 @@ memory-mapped, so a tensor costs memory when it is read and not before.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors asks for by name
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from converters.errors import CheckpointError
+from converters.reading.header import Entry, read_header
 
 JSON_LIMIT = 100_000_000  # bytes; the same bound safetensors sets for its headers
 METADATA_KEY = "sega_jax"  # under which images and latents files hold the record of their making
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-}  # fmt: skip
-_NUMPY = {
-    "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "F64", "C64",
+_UNSUPPORTED = "a quantised format that is not supported; use the bfloat16 or float16 version of the checkpoint"
+# safetensors' spelling -> numpy
+STORAGE: dict[str, np.dtype] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
+        "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+        "F32": np.float32, "F64": np.float64, "C64": np.complex64, "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+    }.items()
 }  # fmt: skip
 
 
@@ -236,28 +238,25 @@ class SafetensorsSource:
 
     def __init__(self, paths: Iterable[Path], weight_map: Mapping[str, str] | None = None, index: str = "the index"):
         self.files = tuple(paths)
-        self._handles: dict[Path, safe_open] = {}
+        self._maps: dict[Path, np.memmap] = {}
         self._home: dict[str, Path] = {}
-        self._headers: dict[str, tuple[str, tuple[int, ...]]] = {}
-        try:
-            for path in self.files:
-                self._add(path)
-            if weight_map is not None:
-                self._check_index(weight_map, index)
-        except BaseException:
-            self.close()
-            raise
+        self._entries: dict[str, Entry] = {}
+        self._metadata: dict[str, str] = {}
+        for number, path in enumerate(self.files):
+            self._add(path, number == 0)
+        if weight_map is not None:
+            self._check_index(weight_map, index)
 
-    def _add(self, path: Path) -> None:
-        handle = self._handles[path] = _open_file(path)
-        for name in handle.keys():  # noqa: SIM118  not a mapping
+    def _add(self, path: Path, first: bool) -> None:
+        check_file(path)
+        header = read_header(path)
+        if first:
+            self._metadata = dict(header.metadata)
+        for name, entry in header.tensors.items():
             if name in self._home:
                 raise CheckpointError(f"tensor {name!r} is in both {self._home[name]} and {path}")
-            piece = handle.get_slice(name)
-            if piece.get_dtype() not in BITS:
-                raise CheckpointError(f"{path}: tensor {name!r} is stored as {piece.get_dtype()}, which is not known")
-            self._home[name] = path
-            self._headers[name] = (piece.get_dtype(), tuple(piece.get_shape()))
+            self._home[name], self._entries[name] = path, entry
+        self._maps[path] = np.memmap(path, np.uint8, mode="r")
 
     def _check_index(self, weight_map: Mapping[str, str], index: str) -> None:
         problems = [
@@ -280,67 +279,74 @@ class SafetensorsSource:
 
     def keys(self) -> list[str]:
         """Tensor names."""
-        return list(self._headers)
+        return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
-        return self._header(name)[1]
+        return self._entry(name).shape
 
     def dtype(self, name: str) -> str:
         """Storage type in safetensors' spelling (``"BF16"``, ``"F8_E4M3"``), from the header."""
-        return self._header(name)[0]
+        return self._entry(name).dtype
 
     def file(self, name: str) -> Path:
         """The file a tensor lies in."""
-        self._header(name)
+        self._entry(name)
         return self._home[name]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors as stored."""
-        return sum(math.ceil(math.prod(shape) * BITS[dtype] / 8) for dtype, shape in self._headers.values())
+        return sum(entry.end - entry.start for entry in self._entries.values())
 
     @property
     def metadata(self) -> dict[str, str]:
         """The string metadata of the first file."""
-        return dict(self._handle(self.files[0]).metadata() or {})
+        return dict(self._metadata)
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor as an array of its own (bfloat16 as `ml_dtypes.bfloat16`).
+    def storage(self, name: str) -> np.dtype:
+        """Storage type as numpy knows it.
 
         Raises:
-            CheckpointError: no such tensor, or a type numpy cannot hold (float8 and smaller).
+            CheckpointError: a type numpy cannot hold (smaller than float8).
+        """
+        dtype = self.dtype(name)
+        if dtype not in STORAGE:
+            raise CheckpointError(f"{self._home[name]}: tensor {name!r} is stored as {dtype}, {_UNSUPPORTED}")
+        return STORAGE[dtype]
+
+    def view(self, name: str) -> np.ndarray:
+        """The tensor, read-only, over the mapped file.
+
+        Raises:
+            CheckpointError: as `storage`.
             ValueError: the source is closed.
         """
-        dtype, _ = self._header(name)
-        path = self._home[name]
-        if dtype not in _NUMPY:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} is stored as {dtype}, a quantised format that is not supported; "
-                "use the bfloat16 or float16 version of the checkpoint"
-            )
-        try:
-            return self._handle(path).get_tensor(name)
-        except (SafetensorError, OSError) as exc:
-            raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({exc})") from exc
+        dtype, entry, path = self.storage(name), self._entry(name), self._home[name]
+        if path not in self._maps:
+            raise ValueError(f"{path}: the source is closed")
+        return self._maps[path][entry.start : entry.end].view(np.ndarray).view(dtype).reshape(entry.shape)
 
-    def _header(self, name: str) -> tuple[str, tuple[int, ...]]:
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as an array of its own.
+
+        Raises:
+            CheckpointError, ValueError: as `view`, and for float8, whose values mean nothing without their scales.
+        """
+        if (dtype := self.dtype(name)).startswith("F8"):
+            raise CheckpointError(f"{self._home[name]}: tensor {name!r} is stored as {dtype}, {_UNSUPPORTED}")
+        return self.view(name).copy()
+
+    def _entry(self, name: str) -> Entry:
         try:
-            return self._headers[name]
+            return self._entries[name]
         except KeyError:
             where = self.files[0] if len(self.files) == 1 else self.files[0].parent
             raise CheckpointError(f"{where}: no tensor named {name!r}") from None
 
-    def _handle(self, path: Path) -> safe_open:
-        if path not in self._handles:
-            raise ValueError(f"{path}: the source is closed")
-        return self._handles[path]
-
     def close(self) -> None:
-        """Unmaps the files.  Arrays already read stay valid."""
-        for handle in self._handles.values():
-            handle.__exit__(None, None, None)
-        self._handles.clear()
+        """Unmaps the files once no view is left.  Arrays already read stay valid."""
+        self._maps.clear()
 
     def __enter__(self) -> SafetensorsSource:
         return self
@@ -349,7 +355,8 @@ class SafetensorsSource:
         self.close()
 
 
-def _open_file(path: Path) -> safe_open:
+def check_file(path: Path) -> None:
+    """Raises CheckpointError where there is no file, or one that is something else under the name of safetensors."""
     try:
         if not path.is_file():
             raise CheckpointError(f"{path}: " + ("not a file" if path.exists() else "no such file"))
@@ -365,12 +372,6 @@ def _open_file(path: Path) -> safe_open:
             raise CheckpointError(f"{path}: expected safetensors, this is {disguise}")
         if path.suffix in PICKLE_SUFFIXES:
             raise CheckpointError(f"{path}: looks like a pickle by its name. {PICKLE_REMEDY}")
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as exc:
-        raise CheckpointError(
-            f"{path}: not a complete safetensors file ({size} bytes; {exc}); truncated or damaged, download it again"
-        ) from exc
 
 
 def open_tensors(path: str | Path) -> SafetensorsSource:

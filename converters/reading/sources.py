@@ -20,18 +20,9 @@ from converters.errors import CheckpointError
 from converters.keymap import Rename, canonical
 from converters.reading.formats import SafetensorsSource, read_json, weight_paths
 
-# safetensors' spelling -> numpy
-STORAGE: dict[str, np.dtype] = {
-    name: np.dtype(kind)
-    for name, kind in {
-        "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
-        "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-        "F32": np.float32, "F64": np.float64, "C64": np.complex64, "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-    }.items()
-}  # fmt: skip
 _LARGEST = 1 << 40  # bytes of one array
 _MOST_CHUNKS = 100_000  # of one array, each a file
+_EXPANSION = 1000  # a compressed checkpoint that claims more bytes per stored byte than this is refused
 _EXPANSION = 1000  # a compressed checkpoint that claims more bytes per stored byte than this is refused
 
 
@@ -54,62 +45,12 @@ def is_float(dtype: np.dtype) -> bool:
 
 
 class MappedSource(SafetensorsSource):
-    """Safetensors files whose tensors are views of the mapped file.  Same checks, errors and arguments."""
+    """Safetensors files of which every tensor can be read.  Same errors and arguments."""
 
     def __init__(self, paths, weight_map=None, index="the index"):
-        self._maps: dict[Path, np.memmap] = {}
-        self._offsets: dict[str, int] = {}
         super().__init__(paths, weight_map, index)
-        try:
-            for path in self.files:
-                self._map(path)
-        except BaseException:
-            self.close()
-            raise
-
-    def _map(self, path: Path) -> None:
-        # The library has checked that tensors follow one another without gaps, in the order it lists them.
-        data = self._maps[path] = np.memmap(path, np.uint8, mode="r")
-        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        _refuse_duplicates(data[8:start].tobytes(), path)
-        for name in self._handle(path).offset_keys():
-            if self.dtype(name) not in STORAGE:
-                raise CheckpointError(
-                    f"{path}: tensor {name!r} is stored as {self.dtype(name)}, which cannot be converted; "
-                    "use the bfloat16 or float16 version of the checkpoint"
-                )
-            self._offsets[name] = start
-            start += math.prod(self.shape(name)) * self.storage(name).itemsize
-        if start != data.size:
-            raise CheckpointError(f"{path}: tensors end at byte {start}, the file at {data.size}; download it again")
-
-    def storage(self, name: str) -> np.dtype:
-        """Storage type as numpy knows it."""
-        return STORAGE[self.dtype(name)]
-
-    def view(self, name: str) -> np.ndarray:
-        """The tensor, read-only, over the mapped file."""
-        shape, dtype, start = self.shape(name), self.storage(name), self._offsets[name]
-        nbytes = math.prod(shape) * dtype.itemsize
-        return self._maps[self.file(name)][start : start + nbytes].view(np.ndarray).view(dtype).reshape(shape)
-
-    def close(self) -> None:
-        """Unmaps the files once no view is left."""
-        super().close()
-        self._maps.clear()
-
-
-def _refuse_duplicates(header: bytes, path: Path) -> None:
-    """A header that says two things of one name is refused; the library would keep the last."""
-
-    def pairs(items: list[tuple[str, object]]) -> dict:
-        names = [name for name, _ in items]
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path}: its header describes {twice!r} twice; damaged or tampered with")
-        return dict(items)
-
-    json.loads(header, object_pairs_hook=pairs)
+        for name in self.keys():
+            self.storage(name)
 
 
 def open_safetensors(path: Path) -> MappedSource:
