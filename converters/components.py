@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from converters.cover import check_cover
-from converters.errors import CheckpointError, CoverageError
+from converters.errors import CheckpointError, CoverageError, naming
 from converters.keymap import Slot, Tensor, canonical
 from converters.keymaps import vae
 from converters.kinds import BY_NAME, FAMILIES, Family, Shapes
+from converters.others import refuse_others, refuse_pipeline, refuse_quantised
 from converters.reading.formats import PICKLE_SUFFIXES, choose_weights, read_json, read_pipeline
 from converters.reading.gguf import GgufSource, is_gguf
 from converters.reading.pickles import TorchSource
@@ -23,9 +24,10 @@ from converters.report import REPORT_FILE
 
 CONFIG_KEY = "config"  # under which single files that we write keep the component's configuration
 
-# Prefixes of components inside a ComfyUI single file, longest first where one begins another.
+# Prefixes of components inside a ComfyUI single file, of which one may stand alone.
 BUNDLE_PREFIXES: tuple[tuple[str, str], ...] = (
     ("model.diffusion_model.", "transformer"),
+    ("diffusion_model.", "transformer"),
     ("text_encoders.clip_l.transformer.", "text_encoder"),
     ("text_encoders.t5xxl.transformer.", "text_encoder_2"),
     ("cond_stage_model.clip_l.transformer.", "text_encoder"),
@@ -127,6 +129,7 @@ def _part(source: Source, where: str, folder: Path | None, recorded: Mapping[str
     config, config_from = None, "config.json"
     if folder is not None and (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
+        refuse_quantised(config, where)
     elif CONFIG_KEY in source.metadata:
         config, config_from = _metadata_config(source, where), "metadata"
     if orbax:
@@ -135,6 +138,8 @@ def _part(source: Source, where: str, folder: Path | None, recorded: Mapping[str
             raise CheckpointError(f"{folder}: no config.json beside the Orbax arrays; copy the component's there")
         layout, aliases, ignored = "orbax", {name: (name,) for name in names}, ()
     else:
+        file = folder if folder is not None else source.files[0] if source.files else Path()
+        refuse_others(names, source.shape, source.metadata, where, file.name)
         found = _recognise(names, shapes)
         if found is None:
             raise CheckpointError(
@@ -150,6 +155,7 @@ def _part(source: Source, where: str, folder: Path | None, recorded: Mapping[str
                 config, config_from = family.infer(by_key, layout), "tensor shapes"
             except (KeyError, IndexError, ValueError, ZeroDivisionError) as exc:
                 raise CheckpointError(f"{where}: incomplete {family.name}: no usable tensor {exc}") from exc
+    config = {**family.implied(aliases), **config}
     _check_counts(config, len(names), where)
     named = NamedSource(source, aliases)
     tensors = family.tensors(config, layout)
@@ -220,6 +226,8 @@ def _check_counts(config: Mapping[str, Any], tensors: int, where: str) -> None:
 
 
 def _component_folder(folder: Path) -> tuple[str, Part]:
+    if is_orbax(folder) and (weights := choose_weights([entry.name for entry in folder.iterdir()], str(folder))):
+        raise CheckpointError(f"{folder}: holds Orbax arrays and {', '.join(weights.files[:3])}; keep one of the two")
     source: Source = OrbaxSource(folder) if is_orbax(folder) else dequantise(open_safetensors(folder))
     try:
         part = _part(source, str(folder), folder, _recorded(folder))
@@ -231,15 +239,23 @@ def _component_folder(folder: Path) -> tuple[str, Part]:
 
 def _split_bundle(source: Source, where: str) -> dict[str, Source]:
     groups: dict[str, dict[str, tuple[str, ...]]] = {}
+    prefixes: dict[str, set[str]] = {}
     unknown = []
     for name in source.keys():  # noqa: SIM118
         for prefix, component in BUNDLE_PREFIXES:
             if name.startswith(prefix):
                 groups.setdefault(component, {})[name.removeprefix(prefix)] = (name,)
+                prefixes.setdefault(component, set()).add(prefix)
                 break
         else:
             if name not in _BUNDLE_IGNORED:
                 unknown.append(name)
+    for component, found in prefixes.items():
+        if len(found) > 1:
+            raise CoverageError(
+                f"{where}: several sets of tensors for the {component} ({', '.join(sorted(found))}); which one is "
+                "meant cannot be known: remove the others, or give the components as files of their own"
+            )
     if unknown:
         raise CoverageError(
             f"{where}: {len(unknown)} tensors belong to no component of a FLUX.1 single file: {', '.join(unknown[:20])}"
@@ -252,7 +268,7 @@ def open_single(source: Source, path: Path) -> Checkpoint:
     source = dequantise(source)
     try:
         names = source.keys()
-        if any(name.startswith(prefix) for name in names for prefix, _ in BUNDLE_PREFIXES[:5]):
+        if any(name.startswith(prefix) for name in names for prefix, _ in BUNDLE_PREFIXES):
             parts = {
                 component: _part(part, f"{path} ({component})", None, {})
                 for component, part in _split_bundle(source, str(path)).items()
@@ -276,11 +292,18 @@ def open_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> Checkpoi
         CheckpointError: missing, damaged, of an unknown model, or not covered exactly by its key map.
     """
     path = Path(path)
-    if not path.is_dir():
-        if is_gguf(path):
-            return open_single(GgufSource(path), path)
-        pickled = trust_pickle and path.is_file() and path.suffix in PICKLE_SUFFIXES
-        return open_single(TorchSource(path) if pickled else open_safetensors(path), path)
+    with naming(path):
+        return _open_folder(path) if path.is_dir() else _open_file(path, trust_pickle)
+
+
+def _open_file(path: Path, trust_pickle: bool) -> Checkpoint:
+    if is_gguf(path):
+        return open_single(GgufSource(path), path)
+    pickled = trust_pickle and path.is_file() and path.suffix in PICKLE_SUFFIXES
+    return open_single(TorchSource(path) if pickled else open_safetensors(path), path)
+
+
+def _open_folder(path: Path) -> Checkpoint:
     if not (path / "model_index.json").is_file():
         if is_orbax(path) or choose_weights([entry.name for entry in path.iterdir()], str(path)) is not None:
             name, part = _component_folder(path)
@@ -292,6 +315,7 @@ def open_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> Checkpoi
         if not folders:
             raise CheckpointError(f"{path}: no model_index.json, no weights and no component folders; not a checkpoint")
     else:
+        refuse_pipeline(read_json(path / "model_index.json").get("_class_name"), str(path))
         present = read_pipeline(path)
         folders = [path / name for name in present if _has_weights(path / name)]
         if unknown := [folder.name for folder in folders if folder.name not in BY_NAME]:
@@ -337,7 +361,11 @@ def _folder_of_singles(path: Path, files: Sequence[Path]) -> Checkpoint:
     parts: dict[str, Part] = {}
     try:
         for file in files:
-            parts |= open_single(open_safetensors(file), file).parts
+            opened = open_single(open_safetensors(file), file).parts
+            twice = opened.keys() & parts.keys()
+            parts |= opened
+            if twice:
+                raise CheckpointError(f"{path}: several files hold a {', '.join(sorted(twice))}; keep one of them")
     except BaseException:
         for part in parts.values():
             part.source.close()

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.components import CONFIG_KEY, Checkpoint, Part, open_checkpoint
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, naming
 from converters.files import flush, staged
 from converters.keymap import OPERATIONS, Tensor
 from converters.lora import Lora, fitting, merge, parse_lora, read_lora
@@ -243,6 +243,40 @@ def _choose_base(checkpoint: Checkpoint, base: str | Path | None, target: str) -
     return base
 
 
+def _checked(
+    to: str, dtype: str | None, verify: str | None, allow_nonfinite: bool, workers: int | None
+) -> Format | None:
+    """The format of eight bits that is asked for, if any; raises ValueError for arguments that do not go together."""
+    if to not in TARGETS:
+        raise ValueError(f"to={to!r}: expected one of {', '.join(TARGETS)}")
+    if dtype is not None and dtype not in DTYPES and dtype not in FORMATS:
+        raise ValueError(
+            f"dtype={dtype!r}: expected one of bf16, f16, f32, fp8, int8, or nothing to keep each tensor's own"
+        )
+    form = FORMATS.get(dtype or "")
+    if form is not None and to != "bfl":
+        raise ValueError(
+            f"dtype={dtype!r}, to={to!r}: a {to} checkpoint has no weights of eight bits with scales; single files "
+            "have, as ComfyUI reads them (to='bfl')"
+        )
+    if form is not None and verify == "forward":
+        raise ValueError(f"dtype={dtype!r}, verify='forward': rounded weights compute something else; use 'exact'")
+    if verify not in (None, "exact", "forward"):
+        raise ValueError(f"verify={verify!r}: expected 'exact' or 'forward'")
+    if allow_nonfinite and verify is None:
+        raise ValueError("allow_nonfinite: only verification looks for NaN and infinity; ask for it too (--verify)")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers}: at least one is needed")
+    return form
+
+
+def _lora_records(loras: Sequence[tuple[Lora, float]], left_out: Mapping[int, list[str]]) -> list[dict[str, Any]]:
+    return [
+        {"name": lora.name, "weight": weight} | ({"left_out": left_out[number]} if left_out.get(number) else {})
+        for number, (lora, weight) in enumerate(loras)
+    ]
+
+
 def convert(
     source: str | Path,
     destination: str | Path,
@@ -286,26 +320,7 @@ def convert(
         CheckpointError: the source cannot be used, the destination cannot be written, or verification failed.
         ValueError: an argument out of range.
     """
-    if to not in TARGETS:
-        raise ValueError(f"to={to!r}: expected one of {', '.join(TARGETS)}")
-    if dtype is not None and dtype not in DTYPES and dtype not in FORMATS:
-        raise ValueError(
-            f"dtype={dtype!r}: expected one of bf16, f16, f32, fp8, int8, or nothing to keep each tensor's own"
-        )
-    form = FORMATS.get(dtype or "")
-    if form is not None and to != "bfl":
-        raise ValueError(
-            f"dtype={dtype!r}, to={to!r}: a {to} checkpoint has no weights of eight bits with scales; single files "
-            "have, as ComfyUI reads them (to='bfl')"
-        )
-    if form is not None and verify == "forward":
-        raise ValueError(f"dtype={dtype!r}, verify='forward': rounded weights compute something else; use 'exact'")
-    if verify not in (None, "exact", "forward"):
-        raise ValueError(f"verify={verify!r}: expected 'exact' or 'forward'")
-    if allow_nonfinite and verify is None:
-        raise ValueError("allow_nonfinite: only verification looks for NaN and infinity; ask for it too (--verify)")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers}: at least one is needed")
+    form = _checked(to, dtype, verify, allow_nonfinite, workers)
     shard, threads = parse_size(max_shard_size), workers or default_workers()
     destination = Path(os.path.normpath(destination))
     if not destination.name:
@@ -313,7 +328,7 @@ def convert(
     given = [source, *([base] if base is not None else []), *(parse_lora(lora)[0] for lora in loras)]
     check_destination(destination, given, overwrite)
     merged = [(read_lora(path, ignore_unknown=ignore_unknown), weight) for path, weight in map(parse_lora, loras)]
-    with open_checkpoint(source, trust_pickle=trust_pickle) as opened:
+    with naming(source, destination), open_checkpoint(source, trust_pickle=trust_pickle) as opened:
         # A sum is rounded once: to the type asked for, or from float32 to eight bits.
         summed = DTYPES["f32"] if form is not None else DTYPES[dtype] if dtype else None
         merged, left_out = _fitted(merged, opened) if ignore_unknown else (merged, {})
@@ -324,20 +339,15 @@ def convert(
         rest = _choose_base(checkpoint, base, to)
         needed = _size(checkpoint, to, kind, form)
         _check_room(needed, destination)
+        types = form.name if form is not None else kind.name if kind is not None else _kept(checkpoint)
         report: dict[str, Any] = {
             "tool": "sega-jax converters",
             "version": tool_version(),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "source": {
-                "name": Path(source).name,
-                "layout": checkpoint.layout,
-            },
-            "loras": [
-                {"name": lora.name, "weight": weight} | ({"left_out": left_out[i]} if left_out.get(i) else {})
-                for i, (lora, weight) in enumerate(merged)
-            ],
+            "source": {"name": Path(source).name, "layout": checkpoint.layout},
+            "loras": _lora_records(merged, left_out),
             "to": to,
-            "dtype": form.name if form is not None else kind.name if kind is not None else _kept(checkpoint),
+            "dtype": types,
             "bytes": needed,
             "components": {name: _component_record(part, to) for name, part in checkpoint.parts.items()},
         }

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
 
-from converters.errors import CheckpointError
-from converters.reading.detect import Kind, detect
-from converters.reading.formats import METADATA_KEY, SafetensorsSource, choose_weights, open_tensors
+from converters.errors import CheckpointError, naming
+from converters.keymap import canonical
+from converters.kinds import BY_NAME, FAMILIES, Family
+from converters.reading.detect import Kind, detect, recognise
+from converters.reading.formats import METADATA_KEY, SafetensorsSource, choose_weights, listing, open_tensors
+from converters.reading.gguf import GgufSource, is_gguf
 from converters.reading.sources import OrbaxSource, is_orbax
 from converters.report import stored_report, summary
+
+RECORDED = (  # fields of a picture's record that people look for, in the order they are shown
+    "prompt", "negative_prompt", "seed", "image_index", "width", "height", "steps", "guidance", "true_guidance",
+    "positional", "layout", "ladder", "model", "transformer", "loras", "init_image",
+)  # fmt: skip
+_EXIF_FOLDER, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
+_SHOWN = 500  # characters of a field
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,7 @@ class Report:
         description: one line.
         parts: components, or the single file.
         metadata: name of each text record in the file -> what it is ("JSON, 14 fields").
+        record: of a picture or latents made by sega-jax: what it was made from, the fields of `RECORDED` that are set.
         conversion: the report of the conversion that made it, if one lies beside it.
     """
 
@@ -61,6 +74,7 @@ class Report:
     description: str
     parts: tuple[Part, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
+    record: dict = field(default_factory=dict)
     conversion: dict = field(default_factory=dict)
 
     def to_dict(self) -> dict:
@@ -84,6 +98,7 @@ class Report:
                 lines.append("  " + "  ".join(cells).rstrip())
         lines += [f"  problem in {part.name}: {part.problem}" for part in self.parts if part.problem]
         lines += [f"  metadata {name!r}: {what}" for name, what in self.metadata.items()]
+        lines += [f"  {name}: {_readable(value)}" for name, value in self.record.items()]
         if self.conversion:
             lines.append("  " + summary(self.conversion).replace("\n", "\n  "))
         return "\n".join(lines)
@@ -168,19 +183,26 @@ def inspect(path: str | Path) -> Report:
     """What lies at a path.  Reads names and headers, never weights or pixels.
 
     Args:
-        path: a pipeline or component folder, a safetensors file, or an image.
+        path: a pipeline or component folder, a folder of single files, a safetensors or GGUF file, or an image.
 
     Raises:
         CheckpointError: nothing is there, or it is neither a checkpoint nor an image.  A damaged component of a
             pipeline is reported in its part instead.
     """
     path = Path(path)
+    with naming(path):
+        return _inspect(path)
+
+
+def _inspect(path: Path) -> Report:
     if path.is_file() and path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
         return _inspect_image(path)
     return replace(_inspect_weights(path), conversion=stored_report(path))
 
 
 def _inspect_weights(path: Path) -> Report:
+    if path.is_file() and is_gguf(path):
+        return _inspect_gguf(path)
     layout = detect(path)
     if layout.kind is not Kind.PIPELINE and is_orbax(path):
         part = _weigh_orbax(path, path.name, layout.class_name)
@@ -199,8 +221,52 @@ def _inspect_weights(path: Path) -> Report:
                 metadata = {name: _kind_of(text) for name, text in source.metadata.items()}
                 if description == "latents":
                     description = f"latents {list(source.shape('latents'))}"
-                return Report(str(path), kind, description, (_weigh(path.name, None, source),), metadata)
+                record = _picked(source.metadata.get(METADATA_KEY, ""))
+                return Report(str(path), kind, description, (_weigh(path.name, None, source),), metadata, record)
+    if path.is_dir():
+        return _inspect_folder(path, description)
     raise CheckpointError(f"{path}: {description}")
+
+
+def _inspect_folder(path: Path, description: str) -> Report:
+    """A folder of single files (a LoRA's, or what ``--to bfl`` makes of a pipeline), or one of component folders."""
+    entries = listing(path)
+    folders = tuple(_component(path / name, name, None) for name in BY_NAME if (path / name).is_dir())
+    files = [entry for entry in entries if entry.is_file() and entry.suffix == ".safetensors"]
+    if not folders and not files:
+        raise CheckpointError(f"{path}: {description}")
+    parts = folders or tuple(_single(file) for file in files)
+    kind = "folder of components" if folders else "folder of single files"
+    return Report(str(path), kind, ", ".join(part.name for part in parts), parts)
+
+
+def _single(file: Path) -> Part:
+    try:
+        with SafetensorsSource([file]) as source:
+            return _weigh(file.name, recognise(source.keys())[1], source)
+    except CheckpointError as exc:
+        return Part(file.name, problem=str(exc))
+
+
+def _inspect_gguf(path: Path) -> Report:
+    with contextlib.closing(GgufSource(path)) as source:
+        dtypes: Counter[str] = Counter()
+        for kind, count, _ in source.stored.values():
+            dtypes[kind] += count
+        nbytes = sum(size for _, _, size in source.stored.values())
+        found = next((what for family in FAMILIES if (what := _as_kind(family, source.keys()))), "of an unknown model")
+        part = Part(
+            path.name, None, (path.name,), len(source.stored), dtypes.total(), dict(dtypes.most_common()), nbytes
+        )
+        metadata = {name: f"text, {len(text)} characters" for name, text in source.metadata.items()}
+    return Report(str(path), "GGUF file", f"GGUF {found}", (part,), metadata)
+
+
+def _as_kind(family: Family, names: Collection[str]) -> str | None:
+    known = canonical(names, family.rename)
+    return next(
+        (f"{family.name} in {layout} names" for layout, sign in family.signatures.items() if sign in known), None
+    )
 
 
 def _inspect_image(path: Path) -> Report:
@@ -208,14 +274,36 @@ def _inspect_image(path: Path) -> Report:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # large pictures, damaged EXIF
             description = f"{image.format} image, {image.width}x{image.height}, mode {image.mode}"
             metadata = {name: _kind_of(text) for name, text in image.info.items() if isinstance(text, str)}
-            comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")  # EXIF user comment
+            record = _picked(image.info.get(METADATA_KEY, ""))
+            comment = image.getexif().get_ifd(_EXIF_FOLDER).get(_USER_COMMENT, b"")
             if isinstance(comment, bytes) and METADATA_KEY.encode() in comment:
                 metadata[METADATA_KEY] = "JSON in the EXIF user comment"
+                record = _picked(comment.removeprefix(_ASCII).decode("utf-8", "replace"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
         raise CheckpointError(f"{path}: cannot be read as an image ({exc})") from exc
     if METADATA_KEY not in metadata:
         description += ", not made by sega-jax or stripped of its record"
-    return Report(str(path), "image", description, metadata=metadata)
+    return Report(str(path), "image", description, metadata=metadata, record=record)
+
+
+def _picked(text: object) -> dict:
+    """The fields of `RECORDED` of a record that are set; nothing of what is no record."""
+    try:
+        record = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(record, dict):
+        return {}
+    inner = record.get(METADATA_KEY)  # an EXIF comment holds the record under its key; in a record that is the version
+    record = inner if isinstance(inner, dict) else record
+    return {name: record[name] for name in RECORDED if record.get(name) is not None}
+
+
+def _readable(value: object) -> str:
+    """A value on one line, without characters that would do something to a terminal."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    shown = "".join(character if character.isprintable() else " " for character in text[:_SHOWN])
+    return shown + ("..." if len(text) > _SHOWN else "")
 
 
 def _kind_of(text: str) -> str:

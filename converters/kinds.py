@@ -6,7 +6,7 @@ configuration off its tensors where no ``config.json`` says.  A new family is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ class Family:
         rename: declared variants of source names.
         prefix: put before the names when written for a diffusers folder or a single file.
         defaults: configuration values that may be left out of a ``config.json``.
+        implied: configuration values that the names of the tensors tell (in the key map or in Orbax).
     """
 
     name: str
@@ -47,6 +48,7 @@ class Family:
     rename: Rename = lambda name: name
     prefix: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    implied: Callable[[Collection[str]], dict[str, Any]] = lambda names: {}
 
     def tensors(self, config: Mapping[str, Any], layout: str) -> list[Tensor]:
         """The expanded key map; for ``orbax``, one tensor per slot of the diffusers map."""
@@ -184,6 +186,8 @@ FAMILIES: tuple[Family, ...] = (
         _infer_flux,
         "diffusion_pytorch_model",
         "flux1.safetensors",
+        rename=flux.rename,
+        implied=lambda names: {"guidance_embeds": any("guidance" in name for name in names)},
     ),
     Family(
         "vae",

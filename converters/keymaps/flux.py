@@ -5,6 +5,7 @@ Symbols: ``width`` model width, ``mlp`` MLP width, ``double`` and ``single`` blo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from converters.errors import CheckpointError
@@ -26,6 +27,15 @@ def dims(config: Mapping) -> dict[str, int]:
         "guidance": int(config["guidance_embeds"]),
         "features": 256,
     }
+
+
+_NORM = re.compile(r"((double|single)_blocks\.\d+\.(\w+\.)?norm\.(query|key)_norm)\.weight")
+
+
+def rename(name: str) -> str:
+    """The key map's name of a source tensor: BFL's norms are ``scale``, in newer files and many GGUF ``weight``."""
+    match = _NORM.fullmatch(name)
+    return f"{match[1]}.scale" if match else name
 
 
 def config_from_bfl(shapes: Mapping[str, tuple[int, ...]]) -> dict:

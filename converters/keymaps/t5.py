@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,15 +41,35 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+# llama.cpp's names, in which T5 goes by GGUF files (its gguf-py/gguf/tensor_mapping.py)
+_LLAMA = {
+    "attn_norm": "layer.0.layer_norm",
+    "attn_q": "layer.0.SelfAttention.q",
+    "attn_k": "layer.0.SelfAttention.k",
+    "attn_v": "layer.0.SelfAttention.v",
+    "attn_o": "layer.0.SelfAttention.o",
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "ffn_norm": "layer.1.layer_norm",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn_up": "layer.1.DenseReluDense.wi_1",
+    "ffn_down": "layer.1.DenseReluDense.wo",
+}
+_LLAMA_ENDS = {"token_embd.weight": "shared.weight", "enc.output_norm.weight": "encoder.final_layer_norm.weight"}
+_LLAMA_BLOCK = re.compile(r"enc\.blk\.(\d+)\.(\w+)\.weight")
+
+
 def rename(name: str) -> str | None:
     """The key map's name of a source tensor; None to ignore it.
 
     The token table is saved as ``shared``, as ``encoder.embed_tokens`` or as both; the decoder and the output
-    projection of a whole T5 are not used.
+    projection of a whole T5 are not used.  GGUF files have llama.cpp's names.
     """
     if name == "encoder.embed_tokens.weight":
         return "shared.weight"
-    return None if name.startswith("decoder.") or name == "lm_head.weight" else name
+    if (match := _LLAMA_BLOCK.fullmatch(name)) and match[2] in _LLAMA:
+        return f"encoder.block.{match[1]}.{_LLAMA[match[2]]}.weight"
+    unused = name.startswith(("decoder.", "dec.")) or name in ("lm_head.weight", "output.weight")
+    return None if unused else _LLAMA_ENDS.get(name, name)
 
 
 def dims(config: Mapping[str, Any]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,18 +97,12 @@ def read_lora(path: str | Path, *, ignore_unknown: bool = False) -> Lora:
     """
     path = Path(path)
     if path.is_dir() and is_orbax(path):
-        orbax = OrbaxSource(path)
-        try:
+        with contextlib.closing(OrbaxSource(path)) as orbax:
             return _read_orbax(orbax, path)
-        finally:
-            orbax.close()
     file, config = lora_files(path)
     adapter = {} if config is None else read_json(config)
-    source = MappedSource([file])
-    try:
+    with contextlib.closing(MappedSource([file])) as source:
         return parse(source, str(file), adapter=adapter, ignore_unknown=ignore_unknown)
-    finally:
-        source.close()
 
 
 @dataclass

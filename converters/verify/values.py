@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from converters.components import Checkpoint, Part, open_checkpoint
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, naming
 from converters.keymap import Slot
 from converters.kinds import slot_name
 from converters.reading.quantised import BY_STORAGE, Format
@@ -235,7 +235,7 @@ def fingerprint(checkpoint: str | Path | Checkpoint, *, workers: int | None = No
     same types; any changed bit changes it.
     """
     if not isinstance(checkpoint, Checkpoint):
-        with open_checkpoint(checkpoint) as opened:
+        with naming(checkpoint), open_checkpoint(checkpoint) as opened:
             return fingerprint(opened, workers=workers, progress=progress)
     named: dict[str, str] = {}
     total = sum(part.nbytes for part in checkpoint.parts.values())

@@ -16,7 +16,7 @@ class Inspect:
     """Say what a checkpoint, latents file or image holds, from names and headers alone."""
 
     path: Annotated[tyro.conf.Positional[Path], option("PATH")]
-    """Folder, .safetensors file, or image."""
+    """Folder, .safetensors or .gguf file, or image."""
     json: Annotated[bool, option("", "off")] = False
     """Report as JSON on standard output."""
 

@@ -39,11 +39,12 @@ GUIDANCE = {"dev": 3.5, "krea-dev": 4.5}  # FLUX.1-dev's model card; the scripts
 
 
 def _flux_config(path: Path) -> FluxConfig:
-    """Configuration of a FLUX.1 transformer; of a folder, its ``config.json`` is enough."""
+    """Configuration of a FLUX.1 transformer; of a folder, its ``config.json`` is mostly enough."""
     if path.is_dir():
         folder = path / "transformer" if (path / "model_index.json").is_file() else path
-        return configured(folder / "config.json", FluxConfig.from_dict)
-    part = open_component(path, "transformer")
+        if "guidance_embeds" in read_json(folder / "config.json"):
+            return configured(folder / "config.json", FluxConfig.from_dict)
+    part = open_component(path, "transformer")  # where the configuration does not say, the tensors do
     part.source.close()
     try:
         return FluxConfig.from_dict(part.config)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
+from converters.convert import convert
 from converters.errors import CheckpointError
 from converters.inspect import inspect
 from converters.reading.formats import SafetensorsSource
@@ -106,3 +107,53 @@ def test_nothing_to_inspect(tmp_path):
     for path, words in ((tmp_path / "x.png", "as an image"), (tmp_path / "x.txt", "not a checkpoint"), (tmp_path, "a")):
         with pytest.raises(CheckpointError, match=words):
             inspect(path)
+
+
+RECORD = {"prompt": "a cat\n\x1b[2Jon a mat", "seed": 7, "positional": "ntk(strength=2.0)", "layout": "crpa",
+          "steps": 20, "negative_prompt": None, "model": "nano", "sega_jax": "0.1.0"}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".safetensors"])
+def test_prompt_seed_and_method_are_shown(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".safetensors":
+        save_file({"latents": np.zeros((1, 16, 4, 6), np.float32)}, path, metadata={"sega_jax": json.dumps(RECORD)})
+    elif suffix == ".png":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("sega_jax", json.dumps(RECORD))
+        Image.new("RGB", (7, 5)).save(path, pnginfo=info)
+    else:
+        exif = Image.Exif()
+        exif[0x8769] = {0x9286: b"ASCII\0\0\0" + json.dumps({"sega_jax": RECORD}).encode()}
+        Image.new("RGB", (7, 5)).save(path, exif=exif)
+    report = inspect(path)
+    expected = {name: value for name, value in RECORD.items() if value is not None and name != "sega_jax"}
+    assert report.record == expected
+    assert "\x1b" not in str(report)
+    for line in ("  prompt: a cat  [2Jon a mat", "  seed: 7", "  positional: ntk(strength=2.0)", "  layout: crpa"):
+        assert line in str(report).splitlines()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", "3", '{"sega_jax": 3}', "[" * 100_000, '{"seed": {"a": "' + "x" * 9000 + '"}}']
+)
+def test_records_that_are_none(tmp_path, text):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("sega_jax", text)
+    Image.new("RGB", (7, 5)).save(tmp_path / "a.png", pnginfo=info)
+    assert max(map(len, str(inspect(tmp_path / "a.png")).splitlines())) < 700
+
+
+def test_folders_that_convert_reads(tmp_path, tiny):
+    whole = tiny.pipeline(tmp_path / "whole")
+    convert(whole, tmp_path / "singles", to="bfl", progress=False)
+    report = inspect(tmp_path / "singles")
+    assert {part.name for part in report.parts} == {
+        "flux1.safetensors", "ae.safetensors", "clip_l.safetensors", "t5xxl.safetensors"
+    }  # fmt: skip
+    assert all(part.tensors and not part.problem for part in report.parts)
+    (whole / "model_index.json").unlink()
+    report = inspect(whole)
+    assert {part.name for part in report.parts if part.tensors} == set(tiny.CONFIGS)
+    (tmp_path / "singles" / "ae.safetensors").write_bytes(b"x")
+    assert "not a complete safetensors file" in str(inspect(tmp_path / "singles"))

@@ -1,24 +1,29 @@
 """GGUF in: values against the format's own arithmetic, and damaged files."""
 
+import re
+
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from converters.components import open_checkpoint
 from converters.convert import convert
 from converters.errors import CheckpointError
+from converters.inspect import inspect
 from converters.stream import Progress
 from converters.verify.values import compare
 
 gguf = pytest.importorskip("gguf")
 
 
-def write(path, tensors, quantised):
+def write(path, tensors, quantised, shapes=None):
     """BFL's names as GGUF; 8-bit blocks of 32 values with one float16 scale for the named tensors."""
     writer = gguf.GGUFWriter(path, "flux")
     expected = {}
+    for name, shape in (shapes or {}).items():
+        writer.add_array(name, list(shape))
     for name, value in tensors.items():
         if name in quantised:
             blocks = value.astype(np.float32).reshape(-1, 32)
@@ -108,4 +113,80 @@ def test_counts_beyond_the_file(tmp_path, file):
     data[8:16] = (1 << 62).to_bytes(8, "little")
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="not a complete GGUF file"):
+        open_checkpoint(path)
+
+
+def test_inspect(tmp_path, file):
+    path, expected = file
+    report = inspect(path)
+    assert (report.kind, report.description) == ("GGUF file", "GGUF transformer in bfl names")
+    (part,) = report.parts
+    assert part.tensors == len(expected)
+    assert part.parameters == sum(value.size for value in expected.values())
+    assert part.dtypes.keys() == {"Q8_0", "F32", "F16", "BF16"}
+    assert part.dtypes["F16"] == expected["img_in.bias"].size
+    blocks = part.dtypes["Q8_0"] // 32  # of 32 codes and a scale of two bytes
+    assert part.nbytes == 34 * blocks + 4 * part.dtypes["F32"] + 2 * (part.dtypes["F16"] + part.dtypes["BF16"])
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: not a complete GGUF file"):
+        inspect(path)
+
+
+def test_norms_that_are_called_weight(tmp_path, tiny):
+    """BFL's names as newer files and converters to GGUF spell them."""
+    tensors = tiny.state("transformer", "bfl", np.float32)
+    renamed = {name.replace("_norm.scale", "_norm.weight"): value for name, value in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    write(tmp_path / "x.gguf", renamed, ())
+    save_file(renamed, tmp_path / "x.safetensors")
+    for name in ("x.gguf", "x.safetensors"):
+        convert(tmp_path / name, tmp_path / f"{name}.out", to="bfl", verify="exact", progress=False)
+        got = load_file(tmp_path / f"{name}.out")
+        assert got.keys() == tensors.keys()
+        assert all(np.array_equal(got[key], value) for key, value in tensors.items())
+
+
+LLAMA = {  # transformers' part of a name -> llama.cpp's
+    "shared.weight": "token_embd.weight", "encoder.final_layer_norm.weight": "enc.output_norm.weight",
+    ".layer.0.layer_norm.": ".attn_norm.", ".layer.0.SelfAttention.q.": ".attn_q.",
+    ".layer.0.SelfAttention.k.": ".attn_k.", ".layer.0.SelfAttention.v.": ".attn_v.",
+    ".layer.0.SelfAttention.o.": ".attn_o.", ".layer.0.SelfAttention.relative_attention_bias.": ".attn_rel_b.",
+    ".layer.1.layer_norm.": ".ffn_norm.", ".layer.1.DenseReluDense.wi_0.": ".ffn_gate.",
+    ".layer.1.DenseReluDense.wi_1.": ".ffn_up.", ".layer.1.DenseReluDense.wo.": ".ffn_down.",
+    "encoder.block.": "enc.blk.",
+}  # fmt: skip
+
+
+def test_t5_in_the_names_of_llama(tmp_path, tiny):
+    tensors = tiny.state("text_encoder_2", dtype=np.float32)
+
+    def spelled(name):
+        for theirs, llama in LLAMA.items():
+            name = name.replace(theirs, llama)
+        return name
+
+    named = {spelled(name): value for name, value in tensors.items()} | {
+        "dec.blk.0.attn_q.weight": np.ones((2, 2), "f4")
+    }
+    assert not any(name.startswith("encoder.") for name in named)
+    write(tmp_path / "t5.gguf", named, ())
+    convert(tmp_path / "t5.gguf", tmp_path / "out.safetensors", to="bfl", verify="exact", progress=False)
+    got = load_file(tmp_path / "out.safetensors")
+    assert got.keys() == tensors.keys()
+    assert all(np.array_equal(got[key], value) for key, value in tensors.items())
+
+
+def test_shapes_that_were_changed_for_the_blocks(tmp_path, tiny):
+    """Tensors whose rows do not divide into blocks are stored in another shape; the original one is noted."""
+    tensors = tiny.state("transformer", "bfl", np.float32)
+    name = "img_in.weight"  # [48, 16]: rows of 16 do not divide into blocks of 32
+    original = tensors[name].shape
+    path = tmp_path / "flux.gguf"
+    flat = tensors | {name: tensors[name].reshape(-1, 32)}
+    noted = {f"comfy.gguf.orig_shape.{name}": original}
+    expected = write(path, flat, (name,), noted)[name].reshape(original)
+    convert(path, tmp_path / "out.safetensors", to="bfl", dtype="f32", verify="exact", progress=False)
+    np.testing.assert_array_equal(load_file(tmp_path / "out.safetensors")[name], expected)
+    write(path, flat, (name,), {f"comfy.gguf.orig_shape.{name}": (47, 16)})
+    with pytest.raises(CheckpointError, match=r"img_in\.weight is \(24, 32\) but was \(47, 16\)"):
         open_checkpoint(path)
