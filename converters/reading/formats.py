@@ -55,6 +55,8 @@ def read_json(path: str | Path) -> dict:
     path = Path(path)
     try:
         size = path.stat().st_size
+        if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for ever
+            raise CheckpointError(f"{path}: a pipe or device, not a file")
         if size > JSON_LIMIT:
             raise CheckpointError(f"{path}: {size} bytes is too large for a JSON file (limit {JSON_LIMIT})")
         raw = path.read_bytes()

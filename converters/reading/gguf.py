@@ -19,6 +19,8 @@ _LONGEST_TEXT = 1000  # bytes of an entry that are shown
 def is_gguf(path: Path) -> bool:
     """Whether a file begins as GGUF files do."""
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            return False
         with path.open("rb") as file:
             return file.read(4) == MAGIC
     except OSError:

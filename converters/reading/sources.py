@@ -23,7 +23,6 @@ from converters.reading.formats import SafetensorsSource, read_json, weight_path
 _LARGEST = 1 << 40  # bytes of one array
 _MOST_CHUNKS = 100_000  # of one array, each a file
 _EXPANSION = 1000  # a compressed checkpoint that claims more bytes per stored byte than this is refused
-_EXPANSION = 1000  # a compressed checkpoint that claims more bytes per stored byte than this is refused
 
 
 class Source(Protocol):
