@@ -1,7 +1,7 @@
 """What a LoRA says about its own training: PEFT's settings, beside the file or in its header.
 
 The scale of a module without an alpha tensor follows from them as PEFT computes it (``LoraLayer.update_layer`` and
-``get_pattern_key`` of peft 0.17 and later): ``lora_alpha / rank``, or ``lora_alpha / sqrt(rank)`` with ``use_rslora``
+``get_pattern_key`` of peft 0.21): ``lora_alpha / rank``, or ``lora_alpha / sqrt(rank)`` with ``use_rslora``
 (Kalajdzievski, arXiv 2312.03732), where the first entry of ``alpha_pattern`` that matches the end of the module's name,
 from the beginning or from a dot on, gives ``lora_alpha``.  Settings under which the factors are not a plain change of
 the base model are refused by name.

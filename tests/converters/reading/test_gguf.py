@@ -146,29 +146,13 @@ def test_norms_that_are_called_weight(tmp_path, tiny):
         assert all(np.array_equal(got[key], value) for key, value in tensors.items())
 
 
-LLAMA = {  # transformers' part of a name -> llama.cpp's
-    "shared.weight": "token_embd.weight", "encoder.final_layer_norm.weight": "enc.output_norm.weight",
-    ".layer.0.layer_norm.": ".attn_norm.", ".layer.0.SelfAttention.q.": ".attn_q.",
-    ".layer.0.SelfAttention.k.": ".attn_k.", ".layer.0.SelfAttention.v.": ".attn_v.",
-    ".layer.0.SelfAttention.o.": ".attn_o.", ".layer.0.SelfAttention.relative_attention_bias.": ".attn_rel_b.",
-    ".layer.1.layer_norm.": ".ffn_norm.", ".layer.1.DenseReluDense.wi_0.": ".ffn_gate.",
-    ".layer.1.DenseReluDense.wi_1.": ".ffn_up.", ".layer.1.DenseReluDense.wo.": ".ffn_down.",
-    "encoder.block.": "enc.blk.",
-}  # fmt: skip
-
-
 def test_t5_in_the_names_of_llama(tmp_path, tiny):
     tensors = tiny.state("text_encoder_2", dtype=np.float32)
 
-    def spelled(name):
-        for theirs, llama in LLAMA.items():
-            name = name.replace(theirs, llama)
-        return name
-
-    named = {spelled(name): value for name, value in tensors.items()} | {
-        "dec.blk.0.attn_q.weight": np.ones((2, 2), "f4")
-    }
-    assert not any(name.startswith("encoder.") for name in named)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 2)  # llama.cpp's own table
+    named = {names.get_name(name, (".weight",)): value for name, value in tensors.items()}
+    assert len(named) == len(tensors)
+    named["dec.blk.0.attn_q.weight"] = np.ones((2, 2), np.float32)
     write(tmp_path / "t5.gguf", named, ())
     convert(tmp_path / "t5.gguf", tmp_path / "out.safetensors", to="bfl", verify="exact", progress=False)
     got = load_file(tmp_path / "out.safetensors")
