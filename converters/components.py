@@ -349,6 +349,7 @@ def open_component(path: str | Path, name: str) -> Part:
     """
     path = Path(path)
     if (path / "model_index.json").is_file():
+        refuse_pipeline(read_json(path / "model_index.json").get("_class_name"), str(path))
         path = path / name
     checkpoint = open_checkpoint(path)
     if name not in checkpoint.parts:

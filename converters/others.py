@@ -10,6 +10,7 @@ from converters.errors import CheckpointError
 
 _FULL = "use the bfloat16 checkpoint, a GGUF file or one of scaled float8"
 _FLUX = "give a checkpoint of FLUX.1 [dev], [schnell] or [Krea-dev]"
+_MERGED = "merge it with the tool that made it, and convert the merged checkpoint"
 # What some tensor's name says -> what the file is, and what to do; the first that matches is said.
 _BY_NAME: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     (re.compile(pattern), what, instead)
@@ -22,8 +23,9 @@ _BY_NAME: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"^(redux_up|redux_down)\.", "FLUX.1 Redux, an adapter for pictures as prompts", _FLUX),
         (r"^controlnet_|^input_hint_block\.|^controlnet\.", "a ControlNet, which is no model of its own", _FLUX),
         (r"ip_adapter|^image_proj\.", "an IP-Adapter, which is no model of its own", _FLUX),
-        (r"\.lora_(A|B|up|down)\b|\.lokr_|\.hada_|_lora[12]?\.(up|down)\.weight$", "a LoRA",
-         "merge it into a checkpoint: --lora FILE"),
+        (r"\.lokr_", "a LoKr, which is no plain LoRA", _MERGED),
+        (r"\.hada_", "a LoHa, which is no plain LoRA", _MERGED),
+        (r"\.lora_(A|B|up|down)\b|_lora[12]?\.(up|down)\.weight$", "a LoRA", "merge it into a checkpoint: --lora FILE"),
         (r"double_stream_modulation_img|single_stream_modulation", "FLUX.2", _FLUX),
         (r"^joint_blocks\.|\.joint_blocks\.", "Stable Diffusion 3", _FLUX),
         (r"input_blocks\.\d+\.\d+\.|^down_blocks\.\d+\.attentions\.", "a Stable Diffusion U-Net", _FLUX),

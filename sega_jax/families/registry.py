@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from converters.components import open_component
 from converters.errors import CheckpointError
+from converters.others import refuse_pipeline
 from converters.reading.formats import read_json
 from sega_jax.families import flux
 from sega_jax.families.base import Family, Outline, Parts, configured, load_component
@@ -42,6 +43,7 @@ def family_of(folder: Path) -> Family:
     if not index.is_file():
         raise CheckpointError(f"{folder}: no model_index.json; give a diffusers pipeline folder, a hub id, or 'nano'")
     name = read_json(index).get("_class_name")
+    refuse_pipeline(name, str(folder))
     if name not in FAMILIES:
         raise CheckpointError(f"{index}: pipeline class {name!r} is not supported; known: {', '.join(FAMILIES)}")
     return FAMILIES[name]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from converters.components import open_checkpoint
+from converters.components import open_checkpoint, open_component
 from converters.convert import convert
 from converters.errors import CheckpointError, CoverageError
 
@@ -30,7 +30,8 @@ BY_TENSORS = {
     "Redux": ({"redux_up.weight": ONE, "redux_down.weight": ONE}, "Redux.*give a checkpoint of FLUX"),
     "ControlNet": ({"controlnet_x_embedder.weight": ONE}, "a ControlNet"),
     "IP-Adapter": ({"ip_adapter_proj_model.proj.weight": ONE}, "an IP-Adapter"),
-    "LoKr": ({"lora_unet_img_in.lokr_w1": ONE}, "a LoRA; merge|a LoRA .*--lora"),
+    "LoKr": ({"lora_unet_img_in.lokr_w1": ONE}, "a LoKr.*merge it with the tool that made it"),
+    "LoHa": ({"lora_unet_img_in.hada_w1_a": ONE}, "a LoHa.*merge it with the tool that made it"),
     "LoRA": ({"transformer.x_embedder.lora_A.weight": ONE}, "a LoRA .*--lora FILE"),
     "FLUX.2": ({"double_stream_modulation_img.lin.weight": ONE}, "FLUX.2"),
 }  # fmt: skip
@@ -71,6 +72,8 @@ def test_pipelines_by_their_class(tmp_path, tiny, name, words):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
     refused(folder, f"{words}.*{name} in model_index.json")
+    with pytest.raises(CheckpointError, match=words):
+        open_component(folder, "transformer")
 
 
 def test_folders_of_quantised_weights(tmp_path, tiny):
