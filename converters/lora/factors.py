@@ -1,8 +1,8 @@
 """LoRAs: one meaning for every dialect, and their effective change.
 
 A LoRA is held as factors per slot (one parameter of one layer): ``change of the weight [out, in] = weight x scale x
-B [out, rank] @ A [rank, in]`` (Hu et al., arXiv 2106.09685), ``scale = alpha / rank``.  `converters.lora.dialects`
-reads and writes the names in use.
+B [out, rank] @ A [rank, in]`` (Hu et al., arXiv 2106.09685), ``scale = alpha / rank``.  `converters.lora.read`
+and `converters.lora.dialects` read and write the names in use.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """LoRA files as a pipeline is asked for them: found, weighted, and known by their content.
 
-The dialects in use, their alphas and fused projections are the business of `converters.lora.dialects`.
+The dialects in use, their alphas and fused projections are the business of `converters.lora`.
 """
 
 from __future__ import annotations
