@@ -29,6 +29,11 @@ _EXPLAIN = {
 }
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with ``~`` as the user's home; a user nobody knows stays as it is written."""
+    return Path(os.path.expanduser(path))
+
+
 def _partial(path: Path) -> str:
     """How the temporary files of a target begin; short and plain however the target is called."""
     return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"

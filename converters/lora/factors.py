@@ -7,6 +7,7 @@ and `converters.lora.dialects` read and write the names in use.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -156,7 +157,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
         ValueError: the weight is not a finite number.
     """
     path, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or os.path.exists(text):
         return Path(text), 1.0
     try:
         value = float(weight)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from converters.files import expanded
 from sega_jax.cli.options import option
 
 
@@ -58,13 +59,13 @@ class Convert:
 
         level = "forward" if self.verify_forward else "exact" if self.verify else None
         return convert(
-            self.source.expanduser(),
-            self.destination.expanduser(),
+            expanded(self.source),
+            expanded(self.destination),
             to=self.to,
             dtype=self.dtype,
             verify=level,
             overwrite=self.overwrite,
-            base=self.base and self.base.expanduser(),
+            base=self.base and expanded(self.base),
             loras=self.lora,
             ignore_unknown=self.ignore_unknown,
             max_shard_size=self.max_shard_size,

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from converters.errors import CheckpointError
+from converters.files import expanded
 from sega_jax.cli.console import Phase
 from sega_jax.cli.generation.records import check_record
 from sega_jax.cli.options import ModelOptions, option
@@ -54,7 +55,7 @@ class Decode(ModelOptions):
 
         if self.out is not None:
             outputs.check_pattern(self.out, (".png", ".jpg", ".jpeg", ".webp"), "out")
-        latents, record = load_latents(self.latents.expanduser())
+        latents, record = load_latents(expanded(self.latents))
         check_record(record, str(self.latents))
         name = record.get("output")
         record = {key: value for key, value in record.items() if key not in outputs.OF_LATENTS}
@@ -108,7 +109,7 @@ class Decode(ModelOptions):
             pattern = (
                 name if plain and Path(name).suffix.lower() in (".png", ".webp", ".jpg", ".jpeg") else f"{stem}.png"
             )
-            first = self.latents.expanduser().with_name(pattern)
+            first = expanded(self.latents).with_name(pattern)
         else:
             values = {"seed": record.get("seed", 0), "index": record.get("image_index", 0), "row": 0,
                       "width": record.get("width", 0), "height": record.get("height", 0),

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from converters.errors import CheckpointError
+from converters.files import expanded
 from sega_jax.cli.console import Phase, quieted, say
 from sega_jax.cli.generation.records import import_typed, refuse_code
 from sega_jax.cli.options import ModelOptions, option, shell
@@ -201,7 +202,7 @@ class Generate(ModelOptions):
             value = getattr(self, field.name)
             if field.name in R.ROW_SCHEMA and value is not None:
                 given[field.name] = str(value) if isinstance(value, Path) else value
-        if self.transformer is not None and not self.transformer.expanduser().exists():
+        if self.transformer is not None and not expanded(self.transformer).exists():
             raise ValueError(f"transformer={str(self.transformer)!r}: no such folder or file")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: expected a positive whole number")
@@ -212,7 +213,7 @@ class Generate(ModelOptions):
         if self.prompts is not None:
             if self.prompt is not None:
                 raise ValueError("a prompt and --prompts are both given; choose one")
-            rows = R.read_rows(self.prompts.expanduser())
+            rows = R.read_rows(expanded(self.prompts))
             import_typed(given)
             for line, row in rows:
                 self._named_by_a_file(row, f"{self.prompts} line {line}")
@@ -279,7 +280,7 @@ class Generate(ModelOptions):
         hub = self.hub(record.get("revision") if own else None)
         hub["local_files_only"] |= own
         transformer = self.transformer or (record.get("transformer") if own else None)
-        other = None if transformer is None else Path(transformer).expanduser()
+        other = None if transformer is None else expanded(transformer)
         if other is not None and not other.exists():
             raise ValueError(f"transformer={str(transformer)!r}: no such folder or file")
         weights = self.weights or record.get("weights") or "full"
@@ -299,7 +300,7 @@ class Generate(ModelOptions):
             loras=loras,
         )
         guiding = _guidance_lora([request.layout for request in requests], loras)
-        settings = None if guiding is None else guidance_settings(Path(guiding.file).expanduser())
+        settings = None if guiding is None else guidance_settings(expanded(guiding.file))
         preflight.check_count(requests)
         every = self.checkpoint_every or (DEFAULT_EVERY if self.resume else None)
         jobs = J.make_jobs(requests, outline, run, settings)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from converters.files import expanded
 from sega_jax.cli.options import option
 
 
@@ -28,7 +29,7 @@ class Inspect:
         """
         from converters.inspect import inspect
 
-        report = inspect(self.path.expanduser())
+        report = inspect(expanded(self.path))
         return {**report.to_dict(), "ok": not any(part.problem for part in report.parts)}
 
     def show(self, result: dict) -> str:
@@ -36,4 +37,4 @@ class Inspect:
         from converters.inspect import inspect
 
         del result
-        return str(inspect(self.path.expanduser()))
+        return str(inspect(expanded(self.path)))

@@ -10,6 +10,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from converters.files import expanded
+
 FIELDS = ("seed", "index", "row", "width", "height", "prompt_slug")
 STATE_SUFFIX = ".state"
 TEMPORARY = "until_decoded"  # in the record of latents that go once their picture is there
@@ -65,7 +67,7 @@ def expand(pattern: str, number: int | None, values: dict[str, Any]) -> Path:
         number: appended to the stem where the pattern has no field; None: nothing is appended.
         values: field -> value.
     """
-    path = Path(pattern.format(**values)).expanduser()
+    path = expanded(pattern.format(**values))
     if number is None or _fields(pattern):
         return path
     return path.with_name(f"{path.stem}-{number:03d}{path.suffix}")

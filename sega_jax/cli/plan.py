@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from converters.files import expanded
 from sega_jax.cli.options import ModelOptions, option
 
 
@@ -106,7 +107,7 @@ class Plan(ModelOptions):
 
 def _prices(path: Path) -> dict[str, float]:
     try:
-        prices = json.loads(path.expanduser().read_text())
+        prices = json.loads(expanded(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(prices, dict) or not all(

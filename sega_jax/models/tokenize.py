@@ -6,8 +6,9 @@ Needs only the ``tokenizers`` library, and gives the ids that transformers' CLIP
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,23 @@ _T5_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 # CLIP splits text into special tokens, English contractions, words, single digits and runs of anything else.
 _CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Whatever a damaged tokeniser makes the library do, as an error about files; it may panic, which is no Exception.
+
+    Raises:
+        CheckpointError: for anything but an interruption.
+    """
+    try:
+        yield
+    except (CheckpointError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise CheckpointError(f"{what} ({str(error)[:200] or type(error).__name__}); download it again") from error
+        raise
 
 
 class TextTokenizer:
@@ -62,14 +80,18 @@ class TextTokenizer:
             raise TypeError(f"prompts must be a list of strings, got {prompts!r}")
         ids = np.full((len(prompts), self.length), self.pad_id, np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
-            tokens = self._tokenizer.encode(prompt).ids
+            tokens = self._encode(prompt).ids
             row[: len(tokens)] = tokens
         return ids
 
+    def _encode(self, prompt: str, **options: Any) -> Any:
+        with refused("the tokeniser cannot split a prompt"):
+            return self._tokenizer.encode(prompt, **options)
+
     def truncated(self, prompt: str) -> str | None:
         """The end of the prompt that did not fit, or None if all of it did."""
-        overflow = self._tokenizer.encode(prompt).overflowing
-        if not overflow:
+        overflow = self._encode(prompt).overflowing
+        if not overflow or 0 not in overflow[0].special_tokens_mask:
             return None
         first = overflow[0]
         start = first.offsets[first.special_tokens_mask.index(0)][0]
@@ -81,7 +103,7 @@ class TextTokenizer:
         Only the part that fits is looked at.  Byte-level vocabularies such as the published CLIP's express
         everything, so they give an empty list.
         """
-        encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
+        encoding = self._encode(prompt, add_special_tokens=False)
         words: dict[str, None] = {}
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             # CLIP's unknown token is its end token: written out in the prompt it is known.
@@ -109,26 +131,28 @@ def load_clip_tokenizer(folder: str | Path, length: int = 77) -> TextTokenizer:
         ValueError: if ``length`` leaves no room for text.
     """
     folder = _existing(folder)
-    named, added = _special_tokens(folder, _CLIP_TOKENS)
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = _from_json(folder / "tokenizer.json")
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        tokenizer = _clip_from_vocabulary(folder, named["unk_token"].content)
-    else:
-        raise CheckpointError(
-            f"{folder}: no CLIP tokeniser; expected tokenizer.json, or vocab.json with merges.txt; "
-            "copy them from the checkpoint's 'tokenizer' folder"
-        )
-    _add(tokenizer, named, added)
-    bos, eos = (tokenizer.token_to_id(named[role].content) for role in ("bos_token", "eos_token"))
-    if tokenizer.post_processor is None:
-        tokenizer.post_processor = processors.RobertaProcessing(
-            (named["eos_token"].content, eos),
-            (named["bos_token"].content, bos),
-            trim_offsets=False,
-            add_prefix_space=False,
-        )
-    return _checked(tokenizer, folder, [bos, eos], named, length)
+    with refused(f"{folder}: no tokeniser that can be used"):
+        named, added = _special_tokens(folder, _CLIP_TOKENS)
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = _from_json(folder / "tokenizer.json")
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            tokenizer = _clip_from_vocabulary(folder, named["unk_token"].content)
+        else:
+            raise CheckpointError(
+                f"{folder}: no CLIP tokeniser; expected tokenizer.json, or vocab.json with merges.txt; "
+                "copy them from the checkpoint's 'tokenizer' folder"
+            )
+        _add(tokenizer, named, added)
+        bos, eos = (tokenizer.token_to_id(named[role].content) for role in ("bos_token", "eos_token"))
+        if tokenizer.post_processor is None:
+            tokenizer.post_processor = processors.RobertaProcessing(
+                (named["eos_token"].content, eos),
+                (named["bos_token"].content, bos),
+                trim_offsets=False,
+                add_prefix_space=False,
+            )
+        _check(tokenizer, folder, [bos, eos], named)
+    return _of_length(tokenizer, named, length)
 
 
 def load_t5_tokenizer(folder: str | Path, length: int) -> TextTokenizer:
@@ -155,10 +179,12 @@ def load_t5_tokenizer(folder: str | Path, length: int) -> TextTokenizer:
                 else "; copy it from the checkpoint's 'tokenizer_2' folder"
             )
         )
-    named, added = _special_tokens(folder, _T5_TOKENS)
-    tokenizer = _from_json(path)
-    _add(tokenizer, named, added)
-    return _checked(tokenizer, folder, [tokenizer.token_to_id(named["eos_token"].content)], named, length)
+    with refused(f"{folder}: no tokeniser that can be used"):
+        named, added = _special_tokens(folder, _T5_TOKENS)
+        tokenizer = _from_json(path)
+        _add(tokenizer, named, added)
+        _check(tokenizer, folder, [tokenizer.token_to_id(named["eos_token"].content)], named)
+    return _of_length(tokenizer, named, length)
 
 
 def _existing(folder: str | Path) -> Path:
@@ -260,10 +286,8 @@ def _add(tokenizer: Tokenizer, named: Mapping[str, AddedToken], added: Sequence[
             tokenizer.add_tokens([token])
 
 
-def _checked(
-    tokenizer: Tokenizer, folder: Path, frame: list[int], named: Mapping[str, AddedToken], length: int
-) -> TextTokenizer:
-    """The tokeniser, provided that it frames an empty prompt as this kind of encoder expects."""
+def _check(tokenizer: Tokenizer, folder: Path, frame: list[int], named: Mapping[str, AddedToken]) -> None:
+    """Refuses a tokeniser that does not frame an empty prompt as this kind of encoder expects."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     empty = tokenizer.encode("").ids
@@ -272,6 +296,14 @@ def _checked(
             f"{folder}: the tokeniser turns an empty prompt into {empty}, expected {frame}; "
             "it is of another kind of text encoder"
         )
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if not vocabulary or max(vocabulary.values()) >= 2**31 or named["pad_token"].content not in vocabulary:
+        raise CheckpointError(
+            f"{folder}: its vocabulary lacks the padding {named['pad_token'].content!r}, or is broken"
+        )
+
+
+def _of_length(tokenizer: Tokenizer, named: Mapping[str, AddedToken], length: int) -> TextTokenizer:
     return TextTokenizer(
         tokenizer,
         length=length,

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from converters.files import expanded
 from sega_jax import __version__
 from sega_jax import positional as pe
 from sega_jax.attention.context.route import SCHEMES
@@ -138,7 +138,7 @@ class Pipeline:
         check_weights(weights)
         use_compilation_cache()
         folder = resolve(model, **hub)
-        other = None if transformer is None else Path(os.fspath(transformer)).expanduser()
+        other = None if transformer is None else expanded(os.fspath(transformer))
         if other is not None and not other.exists():
             raise ValueError(f"transformer={str(other)!r}: no such folder or file")
         merged = lora_specs(loras)
@@ -185,7 +185,7 @@ class Pipeline:
         if self.mesh is not None:
             component = replace(component, params=place_parameters(component.params, self.mesh))
         parts = replace(self.parts, transformer=component)
-        settings = guidance_settings(Path(spec.file).expanduser())
+        settings = guidance_settings(expanded(spec.file))
         return replace(self, parts=parts, loras=(*self.loras, spec), guidance_lora=settings)
 
     @property

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from converters.files import expanded
 from sega_jax.media.images import Image
 from sega_jax.pipeline.planning import Plan
 from sega_jax.sampling.resume import digest
@@ -21,7 +21,7 @@ INPUTS = ("init_image", "mask", "init_latents", "embeddings")
 
 def file_digest(path: str) -> str:
     """SHA-256 of a file's content."""
-    with open(Path(path).expanduser(), "rb") as file:
+    with open(expanded(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

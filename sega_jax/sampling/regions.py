@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from converters.files import expanded
 from sega_jax.geometry import Grid
 from sega_jax.layouts.crpa import dilate, pool_any, up
 from sega_jax.media.images import load_mask
@@ -135,7 +135,7 @@ class Drawn:
             ValueError: no such picture, or its content has another digest.
         """
         try:
-            mask = load_mask(Path(path).expanduser())
+            mask = load_mask(expanded(path))
         except (OSError, ValueError) as error:
             raise ValueError(f"regions='mask:{path}': cannot be read as a picture ({error}); give a PNG") from error
         drawn = cls.of(mask, path)

@@ -6,7 +6,6 @@ same bits as one that was not.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as serialise
+
+from converters.files import atomic_path
 
 Tree = Any
 Loss = Callable[[Tree, Tree, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -92,9 +94,8 @@ def save(path: Path, state: Tree) -> None:
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     arrays = {jax.tree_util.keystr(where): np.array(leaf, order="C") for where, leaf in leaves}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(arrays, partial)
-    os.replace(partial, path)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(serialise(arrays))
 
 
 def restore(path: Path, like: Tree) -> Tree:

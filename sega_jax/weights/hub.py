@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from converters.errors import CheckpointError
+from converters.files import expanded
 from converters.reading.detect import Kind, detect
 from converters.reading.formats import choose_weights, read_pipeline, weight_paths
 
@@ -58,7 +59,7 @@ def resolve(
     name = os.fspath(model)
     if name == "nano" and isinstance(model, str):
         return _embedded()
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name and path.exists():
         return _local(path)
     if not isinstance(model, str) or not _HUB_ID.fullmatch(name):
@@ -153,7 +154,7 @@ class _Hub:
 
         self.hub = huggingface_hub
         self.repo, self.revision, self.token, self.endpoint = repo, revision, token, endpoint
-        self.cache_dir = Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser()
+        self.cache_dir = expanded(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE)
         self.offline = local_files_only or constants.HF_HUB_OFFLINE
         self.weights = weights
         self.where = repo if revision is None else f"{repo} at {revision}"
@@ -313,4 +314,4 @@ class _Hub:
 
 def commit_of(model: str, folder: Path) -> str | None:
     """The commit of a model that came from the hub (its snapshot folder bears it), None for one on disk."""
-    return folder.name if folder.parent.name == "snapshots" and not Path(model).expanduser().exists() else None
+    return folder.name if folder.parent.name == "snapshots" and not expanded(model).exists() else None

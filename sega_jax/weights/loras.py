@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.files import expanded
 from converters.lora import Lora, lora_files, parse_lora, read_lora
 
 PathLike = str | os.PathLike[str]
@@ -42,7 +43,7 @@ class LoraSpec:
         Raises:
             CheckpointError: as `converters.lora.read_lora`.
         """
-        return read_lora(Path(self.file).expanduser())
+        return read_lora(expanded(self.file))
 
 
 def lora_specs(loras: Sequence[PathLike | tuple[PathLike, int | float] | Mapping | LoraSpec]) -> tuple[LoraSpec, ...]:
@@ -72,7 +73,7 @@ def _spec(entry: PathLike | tuple[PathLike, int | float] | Mapping | LoraSpec) -
         file, weight = os.fspath(entry[0]), entry[1]
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
         raise ValueError(f"LoRA {file!r}: weight {weight!r}; expected a finite number")
-    path = Path(file).expanduser()
+    path = expanded(file)
     if not entry or not (path.is_file() or path.is_dir()):
         raise ValueError(f"LoRA {file!r}: no such file or folder")
     digest = _lora_digest(path)

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from converters.files import expanded
 from sega_jax.cli import outputs
 from sega_jax.cli.console import Phase, progress_bar, say
 from sega_jax.cli.generation import jobs as J
@@ -130,10 +131,10 @@ class Engine:
         if J.of_one_request(first):
             options |= {"seed": plan.seed, "image_indices": [job.index for job in rows], "vae": first.request.vae}
             if first.request.init_image is not None:
-                options |= {"init_image": Path(first.request.init_image.file).expanduser(), "strength": plan.strength}
+                options |= {"init_image": expanded(first.request.init_image.file), "strength": plan.strength}
                 options |= {"fit": plan.fit}
                 if first.request.mask is not None:
-                    options["mask"] = Path(first.request.mask.file).expanduser()
+                    options["mask"] = expanded(first.request.mask.file)
             elif first.request.init_latents is not None:
                 options["init_latents"] = np.concatenate([self._start(job) for job in rows])
             if plan.ladder is not None:

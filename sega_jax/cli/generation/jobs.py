@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from converters.errors import CheckpointError
+from converters.files import expanded
 from converters.reading.formats import open_tensors
 from sega_jax import positional as pe
 from sega_jax.cli import outputs
@@ -97,7 +98,7 @@ def _flag(name: str) -> str:
 
 @lru_cache(maxsize=4)
 def _tensors(path: str) -> dict[str, np.ndarray]:
-    with open_tensors(Path(path).expanduser()) as source:
+    with open_tensors(expanded(path)) as source:
         return {name: source.read(name) for name in source.keys()}  # noqa: SIM118  not a mapping
 
 
@@ -180,7 +181,7 @@ def given_latents(job: Job, outline: Outline) -> np.ndarray | None:
 
 @lru_cache(maxsize=4)
 def _latents(path: str, height: int, width: int) -> np.ndarray:
-    return load_latents(Path(path).expanduser(), height=height, width=width)[0]
+    return load_latents(expanded(path), height=height, width=width)[0]
 
 
 @lru_cache(maxsize=64)
@@ -233,7 +234,7 @@ def make_jobs(
                 mu=request.mu,
                 strength=request.strength,
                 ladder=request.ladder,
-                photo=None if request.init_image is None else photo_size(Path(request.init_image.file).expanduser()),
+                photo=None if request.init_image is None else photo_size(expanded(request.init_image.file)),
                 fit=request.fit,
                 guidance_lora=guidance_lora,
             )
@@ -287,7 +288,7 @@ def make_jobs(
 
 def started(request: Request, plan: planning.Plan) -> Started:
     """The photo and the mask of a request, at the size of its plan."""
-    files = (None if given is None else Path(given.file).expanduser() for given in (request.init_image, request.mask))
+    files = (None if given is None else expanded(given.file) for given in (request.init_image, request.mask))
     return started_of(plan, *files)
 
 

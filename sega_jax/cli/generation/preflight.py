@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import CheckpointError
+from converters.files import expanded
 from sega_jax.cli import outputs
 from sega_jax.cli.generation.jobs import Job, State
 from sega_jax.cli.generation.requests import INCIDENTAL, Request
@@ -34,7 +35,7 @@ def check_count(requests: Sequence[Request]) -> None:
 
 @lru_cache(maxsize=256)
 def _check_picture(path: str) -> None:
-    with decoded(Path(path).expanduser()):
+    with decoded(expanded(path)):
         pass
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converters.files import expanded
 from sega_jax.cli.generation.prompts import read_prompts
 from sega_jax.cli.generation.records import check_record, check_text
 from sega_jax.cli.outputs import check_pattern
@@ -262,7 +263,7 @@ def check(request: Request) -> None:
         check_pattern(request.save_latents, (".safetensors",), "save_latents")
     for name in ("init_image", "mask", "init_latents", "embeddings"):
         file = getattr(request, name)
-        if file is not None and not Path(file.file).expanduser().is_file():
+        if file is not None and not expanded(file.file).is_file():
             raise ValueError(f"{name}={file.file!r}: no such file")
 
 
