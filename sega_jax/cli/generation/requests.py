@@ -207,7 +207,7 @@ def _build(
             raise ValueError("no prompt; give one, or --embeddings")
         values["prompt"] = ""
     for name, value in values.items():
-        if isinstance(value, str):
+        if isinstance(value, str) and name not in ("out", "save_latents"):  # of names, there is more to say
             check_text(value, name)
     request = Request(where, row, indices=tuple(range(count)) if indices is None else indices, own=own, **values)
     check(request)
