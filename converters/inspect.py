@@ -269,9 +269,12 @@ def _as_kind(family: Family, names: Collection[str]) -> str | None:
     )
 
 
+_IMAGES = ("PNG", "JPEG", "WEBP")  # other decoders take gigabytes for a few bytes
+
+
 def _inspect_image(path: Path) -> Report:
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # large pictures, damaged EXIF
+    try:  # warnings are of large pictures and of damaged EXIF
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_IMAGES) as image:
             description = f"{image.format} image, {image.width}x{image.height}, mode {image.mode}"
             metadata = {name: _kind_of(text) for name, text in image.info.items() if isinstance(text, str)}
             record = _picked(image.info.get(METADATA_KEY, ""))
@@ -279,8 +282,8 @@ def _inspect_image(path: Path) -> Report:
             if isinstance(comment, bytes) and METADATA_KEY.encode() in comment:
                 metadata[METADATA_KEY] = "JSON in the EXIF user comment"
                 record = _picked(comment.removeprefix(_ASCII).decode("utf-8", "replace"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
-        raise CheckpointError(f"{path}: cannot be read as an image ({exc})") from exc
+    except Exception as exc:  # decoders meet damage in many ways, such as struct.error
+        raise CheckpointError(f"{path}: cannot be read as an image ({exc or type(exc).__name__})") from exc
     if METADATA_KEY not in metadata:
         description += ", not made by sega-jax or stripped of its record"
     return Report(str(path), "image", description, metadata=metadata, record=record)

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save
 
 from converters.errors import CheckpointError
 from converters.files import atomic_path
+from sega_jax.media.images import READ_FORMATS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EMPTY = "empty.safetensors"
@@ -160,7 +161,7 @@ def encode_folder(
 
     def samples() -> Iterator[tuple[str, np.ndarray, np.ndarray, str]]:
         for number, (path, caption) in enumerate(pictures):
-            with Image.open(path) as opened:
+            with Image.open(path, formats=READ_FORMATS) as opened:
                 large = _cut(opened.convert("RGB"), size, np.random.default_rng((seed, number)))
             small = large.resize((size[0] // ratio, size[1] // ratio), Image.Resampling.BICUBIC)
             yield path.stem if stems[path.stem] == 1 else path.name, _float(large), _float(small), caption
