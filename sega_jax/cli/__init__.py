@@ -130,7 +130,7 @@ def _stopping() -> Iterator[None]:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:  # a shell that runs this behind itself ignores Ctrl-C
-                before[number] = signal.signal(number, stop)
+                before[number] = signal.signal(number, stop) or signal.SIG_DFL
     except ValueError:  # not the main thread
         yield
         return

@@ -138,7 +138,7 @@ class Checkpoint:
 
     def clear_own(self) -> None:
         """`clear`, if what is there was made for this very request; for a run that made the same without going on."""
-        if self.folder.is_dir():
+        if request_of(self.folder) is not None or _parts(self.folder):
             with contextlib.suppress(CheckpointError):
                 replace(self, resume=True).look()
                 self.clear()
