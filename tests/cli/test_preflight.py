@@ -257,14 +257,15 @@ def test_a_state_that_is_in_the_way_is_met_before_other_rows_are_made(run, make,
     def die(*_args, **_kwargs):
         raise Dead
 
+    words = ("--seed", "7", "--out", "{seed}.png", "--checkpoint-every", "1")
     with monkeypatch.context() as patched:
         patched.setattr(engine, "save_latents", die)
         with pytest.raises(Dead):
-            run("generate", "b", *QUICK, "--model", model, "--out", "b.png", "--checkpoint-every", "1")
-    assert files() == ["b.state"]
+            run("generate", "b", *QUICK, "--model", model, *words)
+    assert files() == ["7.state"]
     nothing_is_loaded(monkeypatch)
-    words = rows({"prompt": "a", "out": "a.png"}, {"prompt": "b", "out": "b.png"})
-    code, _, err = run("generate", *words, *QUICK, "--model", model, "--checkpoint-every", "1", "--size", "64")
+    words = (*rows({"prompt": "a"}, {"prompt": "b", "seed": 7}), "--out", "{seed}.png", "--checkpoint-every", "1")
+    code, _, err = run("generate", *words, *QUICK, "--model", model)
     assert (code, "interrupted after step 2; go on with it by --resume" in err) == (1, True), err
 
 
