@@ -6,6 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,6 +14,7 @@ from sega_jax import positional as pe
 from sega_jax.attention import kernels
 from sega_jax.attention.bench import headlines, table
 from sega_jax.cli import main
+from sega_jax.nano import check
 from sega_jax.weights.hub import resolve
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +29,9 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     assert len(blocks) >= 4
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
-    assert (tmp_path / "square.png").stat().st_size > 1000
+    with Image.open(tmp_path / "square.png") as picture:
+        seen = check.read(np.asarray(picture.convert("RGB")))
+    assert (seen.colour, seen.place, seen.background) == ("purple", "centre", "white")  # as the example asks
 
 
 def test_readme_lists_every_preset():

@@ -57,7 +57,7 @@ class Generate(ModelOptions):
     height: Annotated[int | None, option("PX")] = None
     """See --width."""
     positional: Annotated[
-        str | None, option("METHOD", "auto: plain up to the trained size; YaRN above, PI for nano")
+        str | None, option("METHOD", "auto: plain up to the trained size; YaRN above, PI with SEGA magnitudes for nano")
     ] = None
     """Preset (see `sega-jax methods`), expression such as "ntk(strength=2.0)+sega_magnitude()", or module:name."""
     layout: Annotated[str | None, option("LAYOUT", "dense")] = None

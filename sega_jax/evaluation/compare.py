@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from sega_jax.evaluation import metrics
+from sega_jax.families.recipes import NANO_ABOVE_NATIVE
 from sega_jax.nano import accuracy, check, grammar, render
 from sega_jax.nano.grammar import Scene
 from sega_jax.pipeline.pipeline import Pipeline
 from sega_jax.runtime.provenance import provenance
 
-METHODS = ("none", "pi", "ntk", "yarn", "dype-ntk", "dype-yarn", "sega")
+METHODS = ("none", "pi", "ntk", "yarn", "dype-ntk", "dype-yarn", "sega", NANO_ABOVE_NATIVE)
 ATTRIBUTES = tuple(field.name for field in fields(Scene))
 INK = 60.0  # RGB units from the paper
 

@@ -10,7 +10,9 @@ from sega_jax.sampling.schedule import MuPolicy
 
 # Published without restrictions; DyPE states "patent pending", SEGA's licence is unclear.
 AUTO_ABOVE_NATIVE = "yarn"
-NANO_ABOVE_NATIVE = "pi"  # the only method that keeps nano's object whole at twice the side (docs/nano.md)
+# At twice nano's side PI keeps the object, and SEGA's magnitudes its colour and place (docs/nano.md).
+NANO_ABOVE_NATIVE = "pi()+sega_magnitude()"
+NANO_IN_WINDOWS = "pi"  # what nano's guidance LoRA was trained with
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def recipe(grid: Grid, *, guidance_embeds: bool, dynamic_shift: bool, text_width
     beyond, nano = max(grid.stretch) > 1, text_width < 1024
     positional, size = "none", "at or below the trained grid: plain RoPE"
     if beyond and nano:
-        positional, size = NANO_ABOVE_NATIVE, "beyond the trained grid: PI, which keeps nano's object whole"
+        positional, size = NANO_ABOVE_NATIVE, "beyond the trained grid: PI with SEGA's magnitudes"
     elif beyond:
         positional, size = AUTO_ABOVE_NATIVE, "beyond the trained grid: YaRN, as in DyPE's code (arXiv 2510.20766)"
     if guidance_embeds:
@@ -66,12 +68,14 @@ def guided_recipe(known: Recipe, guidance: float, *, nano: bool, positional: str
     Args:
         known: defaults of the plain layout.
         guidance: of the large picture, where the checkpoint takes it.
-        nano: whether this is the demo model, which keeps its own method and schedule.
+        nano: whether this is the demo model, which keeps PI and its own schedule.
         positional: what the LoRA was trained with, if it says so.
     """
     settings = {"guidance": None if known.guidance is None else guidance}
     if not nano:  # Scale-DiT's FLUX.1 code: ntk_factor 10, and the scheduler's static shift of 3
         settings |= {"positional": "rebase(factor=10.0)", "mu": math.log(3)}
+    elif known.positional == NANO_ABOVE_NATIVE:
+        settings["positional"] = NANO_IN_WINDOWS
     if positional is not None:
         settings["positional"] = positional
     return replace(known, **settings, source=f"Scale-DiT, release A; {known.source}")

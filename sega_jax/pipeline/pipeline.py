@@ -395,7 +395,7 @@ class Pipeline:
             image_indices: the image indices to make instead of ``range(num_images)``.
             batch_size: pictures per model call; changes speed and memory, not pictures (up to rounding).
             positional: preset, expression, ``module:name``, method object, or ``"auto"``: plain at or below the
-                trained size, YaRN above (PI for nano).
+                trained size, YaRN above (for nano PI with SEGA magnitudes).
             layout: ``"dense"``; ``"crpa"`` for high resolution in ``regions`` only (`sampling.crpa.Crpa`);
                 ``"scale-dit"``, a small picture first, then the large one in windows (`sampling.scale_dit.Guided`); or
                 ``"scalediff"``, which climbs to sizes above the trained one by a ladder (`layouts.scalediff`);

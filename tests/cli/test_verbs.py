@@ -19,7 +19,7 @@ def test_dry_run_plans_without_weights(run, monkeypatch):
     words = ("generate", PROMPT, "--size", "1024x512", "--dry-run")
     code, out, _ = run(*words)
     assert code == 0
-    assert "1024x512: positional pi() (auto), mu 1.15 (clamp), 20 steps" in out
+    assert "1024x512: positional pi()+sega_magnitude() (auto), mu 1.15 (clamp), 20 steps" in out
     assert "source: nano model card (20 steps); beyond the trained grid: PI" in out
     assert "64 x 32 tokens, 5.33333 x 2.66667 of the trained sides" in out
     plan = json.loads(run(*words, "--json", "--mu", "native")[1])["plans"][0]
