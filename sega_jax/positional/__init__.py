@@ -1,8 +1,8 @@
 """Positional encodings: what a phase means.
 
 A method is a pure function ``(grid, signals) -> {"text": Rope, "image": Rope}``.  Frequency rules (`pi`, `ntk`,
-`yarn`, with `dype` as their strength) chain with magnitude rules (`temperature`, `sega_magnitude`); `get` finds
-methods by preset, expression, ``module:name`` or entry point.
+`yarn`, `ntk_by_parts`, with `dype` as their strength) chain with magnitude rules (`temperature`, `sega_magnitude`);
+`get` finds methods by preset, expression, ``module:name`` or entry point.
 """
 
 from sega_jax.positional.chain import (
@@ -21,7 +21,7 @@ from sega_jax.positional.chain import (
     traceable,
 )
 from sega_jax.positional.dype import dype
-from sega_jax.positional.extrapolate import none, ntk, pi, rebase, temperature, yarn
+from sega_jax.positional.extrapolate import none, ntk, ntk_by_parts, pi, rebase, temperature, yarn
 from sega_jax.positional.methods import BIBTEX, MethodInfo, format_methods, methods
 from sega_jax.positional.rope import Rope, base_frequencies, magnitudes, phases, plain, rotate, tables
 from sega_jax.positional.rules import FrequencyRule, MagnitudeRule, Policy, Signals
@@ -53,6 +53,7 @@ __all__ = [
     "next_state",
     "none",
     "ntk",
+    "ntk_by_parts",
     "parse",
     "phases",
     "pi",

@@ -29,7 +29,7 @@ import numpy as np
 
 from sega_jax.geometry import Grid
 from sega_jax.positional.dype import dype
-from sega_jax.positional.extrapolate import none, ntk, pi, rebase, temperature, yarn
+from sega_jax.positional.extrapolate import none, ntk, ntk_by_parts, pi, rebase, temperature, yarn
 from sega_jax.positional.rope import Rope
 from sega_jax.positional.rules import (
     Expression,
@@ -232,7 +232,7 @@ def describe(method: Method) -> str:
 # --- expressions ----------------------------------------------------------------------------------------------
 
 RULES: dict[str, type[Expression]] = {
-    cls.__name__: cls for cls in (none, pi, ntk, yarn, rebase, temperature, sega_magnitude)
+    cls.__name__: cls for cls in (none, pi, ntk, yarn, ntk_by_parts, rebase, temperature, sega_magnitude)
 }
 SCHEDULES: dict[str, type[Expression]] = {"dype": dype}
 LONGEST = 2_000  # characters of an expression; the longest preset has 150
@@ -322,11 +322,13 @@ PRESETS: dict[str, str] = {
     "pi": "pi()",
     "ntk": "ntk()",
     "yarn": "yarn()+temperature()",
+    "yarn-original": "ntk_by_parts()+temperature()",
     "vision-yarn": 'yarn(strength=dype(scale=2.0), threshold_rule="power", ntk_scale="isotropic")'
     '+temperature(strength=dype(scale=1.0), scale="isotropic")',
     "dype-pi": "pi(strength=dype(scale=2.0))",
     "dype-ntk": "ntk(strength=dype(scale=2.0))",
     "dype-yarn": "yarn(strength=dype(scale=1.0))+temperature()",
+    "dype-yarn-original": "ntk_by_parts(strength=dype(scale=1.0))+temperature()",
     "sega": f"{_SEGA_BASE}+sega_magnitude()",
     "sega-release": f'{_SEGA_BASE}+sega_magnitude(reduce="batch", share_width=True, bins="float32")',
 }

@@ -1,4 +1,4 @@
-"""Frequency rules PI, NTK, YaRN and YaRN's temperature, static or following the noise level.
+"""Frequency rules PI, NTK, two YaRNs and YaRN's temperature, static or following the noise level.
 
 Functions named below without a source are of DyPE's code (guyyariv/DyPE, ``flux/transformer_flux.py``).
 
@@ -255,6 +255,40 @@ class yarn(_Extrapolation):
         lo = jnp.maximum(jnp.floor(pairs_per_log * (whole - fast)), 0.0)
         hi = jnp.minimum(jnp.ceil(pairs_per_log * (whole - slow)), float(last))
         return (jnp.minimum(lo, hi) if self.ramp_fix else lo), hi
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ntk_by_parts(_Extrapolation):
+    """YaRN's own interpolation, "NTK-by-parts" with two thresholds (Peng et al., arXiv 2309.00071, section 3.2).
+
+    A pair that turns ``r`` times over the trained length is divided by ``s`` (PI) where ``r`` is below the slow
+    threshold, stays as trained above the fast one, and is mixed linearly in ``r`` between.  At few trained tokens
+    hardly any pair turns often, so there it is close to PI; `yarn` has three bands and ramps over pair numbers instead.
+    With the paper's temperature: ``ntk_by_parts() + temperature()``.  Fields as in `ntk`, and:
+
+    Attributes:
+        strength: multiplies both thresholds, as DyPE does with those of `yarn` (arXiv 2510.20766, section 4): as it
+            falls, ever slower pairs return to what was trained; at 0 all have.
+        turns: the fast and the slow threshold, 32 and 1 in the paper.
+    """
+
+    turns: tuple[Any, Any] = pair(32.0, 1.0, least=1e-6, falling=True)
+
+    def spatial(self, grid: Grid, signals: Signals) -> tuple[jax.Array | None, jax.Array | None]:
+        kappa = strength_at(self.strength, signals, published=1.0)
+        policy = self.policy()
+        axes = zip(grid.spec.dims[1:], policy.side(grid), policy.scales(grid), strict=True)
+        return tuple(self._axis(d, grid.spec.theta, length, s, kappa) if s > 1 else None for d, length, s in axes)
+
+    def _axis(self, channels: int, theta: float, length: int | float, s: float, kappa: jax.Array) -> jax.Array:
+        base = base_frequencies(channels, theta)
+        fast, slow = (jnp.asarray(turns, real_dtype()) for turns in self.turns)
+
+        def kept(kappa: jax.Array, turns: jax.Array) -> jax.Array:
+            return jnp.clip((turns - kappa * slow) / jnp.maximum(kappa * (fast - slow), 1e-12), 0.0, 1.0)
+
+        share = per_pair(kappa, length * base / (2 * math.pi), kept)
+        return per_pair(jnp.ones(share.shape[:-1]), base, lambda one, f: f * (one * share + (1 - share) / s))
 
 
 def ramp(edges: tuple[jax.Array, jax.Array], channels: int) -> jax.Array:

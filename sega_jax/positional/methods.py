@@ -91,7 +91,8 @@ _DYPE = (
     "The Qwen-Image code published with the paper is static by accident; here the strength follows sigma.",
 )
 _DYPE_PAPER = "DyPE, arXiv:2510.20766, and its published code"
-_YARN = "Three-band YaRN of FiT and DyPE's code; the two-threshold YaRN of the papers is not included."
+_YARN = "Three-band YaRN of FiT and DyPE's code; the paper's own, of two thresholds, is yarn-original."
+_BY_PARTS = "Thresholds are turns over the trained length: at 64 trained tokens no pair passes the upper one."
 _SEGA = (
     "The licence of the upstream repository could not be determined; this is an independent implementation.",
     "Needs its NTK base (strength 2, damped) and the latent's spectrum at every step.",
@@ -130,6 +131,12 @@ _ROWS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
         ),
         ("peng2023yarn", "lu2024fit"),
     ),
+    "yarn-original": (
+        "YaRN as in its paper: PI for pairs that turn less than once, plain above 32 turns; with temperature.",
+        ("YaRN, arXiv:2309.00071, section 3.2 (NTK-by-parts) and 3.4",),
+        (_NATIVE, _BUCKETS, _BY_PARTS),
+        ("peng2023yarn",),
+    ),
     "vision-yarn": (
         "ComfyUI's own mix: PI per axis, NTK by the larger side, thresholds and temperature following sigma.",
         ("ComfyUI-DyPE v2.3.0",),
@@ -163,6 +170,12 @@ _ROWS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
             "The published ramp inversion at small sigma is off (ramp_fix=False has it).",
         ),
         ("issachar2025dype", "peng2023yarn", "lu2024fit"),
+    ),
+    "dype-yarn-original": (
+        "YaRN of two thresholds that fall with the noise level; constant temperature.",
+        ("DyPE, arXiv:2510.20766, its strength on the rule of YaRN, arXiv:2309.00071",),
+        (_NATIVE, _BUCKETS, _BY_PARTS, "Not in any official code, so not compared with one.", _DYPE[0]),
+        ("issachar2025dype", "peng2023yarn"),
     ),
     "sega": (
         "Magnitude per rotary pair from the latent's spectrum, on a damped NTK base; one spectrum per sample.",

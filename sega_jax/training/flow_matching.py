@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 from flax import nnx
 
 from sega_jax.layouts.dense import Dense
@@ -23,6 +22,7 @@ from sega_jax.nano import model as nano
 from sega_jax.positional.rope import plain
 from sega_jax.training import fast_products
 from sega_jax.training.loop import Loss
+from sega_jax.training.muon import scale_by_muon
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -106,19 +106,12 @@ def split(modules: Mapping[str, nnx.Module]) -> tuple[dict[str, nnx.GraphDef], d
     return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
 
 
-def _hidden_kernels(params):
-    """Muon's matrices: kernels between hidden layers, stacked ones included; not what reads or writes data."""
-
-    def dimensions(path, param):
-        name = jax.tree_util.keystr(path)
-        outer = param.ndim == 2 and ("_embed'" in name or "'out'" in name)
-        return (
-            optax.contrib.MuonDimensionNumbers(param.ndim - 2, param.ndim - 1)
-            if "'kernel'" in name and not outer
-            else None
-        )
-
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+def _kind(path: tuple, param: jax.Array) -> str:
+    """Muon's are kernels between hidden layers, stacked ones included: not what reads or writes data or modulates."""
+    name = jax.tree_util.keystr(path)
+    if "'kernel'" not in name or "'modulation'" in name:
+        return "adam"
+    return "adam" if param.ndim == 2 and ("_embed'" in name or "'out'" in name or "out_modulation" in name) else "muon"
 
 
 def muon(rate: optax.Schedule, adam_rate: optax.Schedule) -> optax.GradientTransformation:
@@ -126,14 +119,10 @@ def muon(rate: optax.Schedule, adam_rate: optax.Schedule) -> optax.GradientTrans
 
     Updates are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982), so that ``rate`` compares with its rates.
     """
+    decay = optax.add_decayed_weights(0.01)
+    hidden = optax.chain(scale_by_muon(), decay, optax.scale_by_learning_rate(rate))
+    rest = optax.chain(optax.scale_by_adam(b1=0.9, b2=0.99), decay, optax.scale_by_learning_rate(adam_rate))
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.contrib.muon(
-            rate,
-            consistent_rms=0.2,
-            weight_decay=0.01,
-            adam_b2=0.99,
-            adam_learning_rate=adam_rate,
-            muon_weight_dimension_numbers=_hidden_kernels,
-        ),
+        optax.partition({"muon": hidden, "adam": rest}, lambda params: jax.tree_util.tree_map_with_path(_kind, params)),
     )

@@ -275,7 +275,20 @@ def test_vmap_over_a_hyper_parameter():
 
 def test_presets():
     assert list(pe.presets()) == [
-        *("none", "pi", "ntk", "yarn", "vision-yarn", "dype-pi", "dype-ntk", "dype-yarn", "sega", "sega-release")
+        *(
+            "none",
+            "pi",
+            "ntk",
+            "yarn",
+            "yarn-original",
+            "vision-yarn",
+            "dype-pi",
+            "dype-ntk",
+            "dype-yarn",
+            "dype-yarn-original",
+            "sega",
+            "sega-release",
+        )
     ]
     for name, method in pe.presets().items():
         assert pe.get(name) == pe.get(str(method)) == method

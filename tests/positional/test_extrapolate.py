@@ -1,5 +1,7 @@
 """Invariants of the frequency rules and the temperature, over drawn geometries."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,7 @@ def test_trained_sizes_are_bit_identical_to_plain(preset, family, fraction, sigm
 @given(family=FAMILY, height=SIDE, width=SIDE)
 def test_an_axis_within_its_trained_length_stays_plain(family, height, width):
     grid = SPECS[family].grid(height, width)
-    for preset in ("pi", "ntk", "yarn", "dype-pi", "dype-ntk", "dype-yarn"):
+    for preset in ("pi", "ntk", "yarn", "yarn-original", "dype-pi", "dype-ntk", "dype-yarn"):
         rope, plain = image(preset, grid, 0.7), pe.plain(grid)
         for axis, tokens in enumerate((0, height, width)):
             if tokens <= SPECS[family].trained[0]:
@@ -61,11 +63,12 @@ def test_an_axis_within_its_trained_length_stays_plain(family, height, width):
 def test_dynamic_limits(family, height, width, sigma):
     """Dy-YaRN at 1 is YaRN; Dy-NTK at sqrt(1/2) is NTK; all dynamic frequencies at 0 are plain."""
     grid = SPECS[family].grid(height, width)
-    same(image("dype-yarn", grid, 1.0), image("yarn", grid, sigma))
+    for rule in ("yarn", "yarn-original"):
+        same(image(f"dype-{rule}", grid, 1.0), image(rule, grid, sigma))
     for dynamic, static in (("dype-ntk", "ntk"), ("dype-pi", "pi")):
         halfway, rule = image(dynamic, grid, 0.5**0.5), image(static, grid, sigma)
         jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-6), halfway, rule)
-    for preset in ("dype-pi", "dype-ntk", "dype-yarn"):
+    for preset in ("dype-pi", "dype-ntk", "dype-yarn", "dype-yarn-original"):
         same(image(preset, grid, 0.0).frequencies, pe.plain(grid).frequencies)
     same(image("dype-yarn", grid, 0.0).magnitude, image("yarn", grid, sigma).magnitude)
 
@@ -76,12 +79,12 @@ def test_monotone_in_sigma_and_fastest_pair_untouched(family, height, width):
     """Pair 0 is as trained for NTK and YaRN; no frequency falls as sigma falls."""
     grid = SPECS[family].grid(height, width)
     sigma = jnp.linspace(1.0, 0.0, 60)
-    for preset in ("dype-pi", "dype-ntk", "dype-yarn"):
+    for preset in ("dype-pi", "dype-ntk", "dype-yarn", "dype-yarn-original"):
         rope = image(preset, grid, sigma)
         for axis in (1, 2):
             frequencies = np.atleast_2d(rope.frequencies[axis])
             assert (np.diff(frequencies, axis=0) >= -1e-7 * frequencies[1:]).all()
-            if preset != "dype-pi":
+            if preset in ("dype-ntk", "dype-yarn"):
                 assert_allclose(frequencies[:, 0], 1.0, rtol=1e-7)
 
 
@@ -134,9 +137,50 @@ def test_pi_is_division_of_positions():
     assert_allclose(image("pi(strength=2)", grid).frequencies[1], plain.frequencies[1] / 6.25, rtol=1e-6)
 
 
+def by_parts(channels, theta, length, s, fast, slow):
+    """Equations 11 to 13 of the YaRN paper, pair by pair in float64."""
+    result = []
+    for i in range(channels // 2):
+        frequency = theta ** (-2 * i / channels)
+        turns = length / (2 * math.pi / frequency)
+        kept = 0.0 if turns < slow else 1.0 if turns > fast else (turns - slow) / (fast - slow)
+        result.append((1 - kept) * frequency / s + kept * frequency)
+    return np.array(result)
+
+
+@pytest.mark.parametrize("family", sorted(SPECS))
+@pytest.mark.parametrize("kappa", [1.0, 0.37, 0.04])
+def test_two_threshold_yarn_is_the_paper_s_equation(family, kappa):
+    """In float64; the strength multiplies both thresholds."""
+    spec = SPECS[family]
+    length = spec.trained[0]
+    grid = spec.grid(2 * length, 3 * length)
+    with jax.enable_x64(True):
+        rope = image(f"ntk_by_parts(strength={kappa})+temperature()", grid)
+        for axis, s in ((1, 2.0), (2, 3.0)):
+            expected = by_parts(spec.dims[axis], spec.theta, length, s, 32 * kappa, kappa)
+            assert rope.frequencies[axis].dtype == np.float64
+            assert_allclose(rope.frequencies[axis], expected, rtol=1e-12)
+            assert_allclose(rope.magnitude[axis], 1 + 0.1 * math.log(s), rtol=1e-12)  # its eq. 15, on q and k
+    wide = image("ntk_by_parts(turns=(4, 0.5))", grid).frequencies[2]
+    assert_allclose(wide, by_parts(spec.dims[2], spec.theta, length, 3.0, 4.0, 0.5), rtol=1e-6)
+
+
+def test_two_threshold_yarn_nears_pi_where_few_tokens_were_trained():
+    spec = RopeSpec(trained=(16, 16))
+    grid = spec.grid(32, 32)
+    ratio = image("yarn-original", grid).frequencies[1] / pe.plain(grid).frequencies[1]
+    turning = 16 * np.asarray(pe.plain(grid).frequencies[1]) / (2 * math.pi) > 1
+    assert 0 < turning.sum() < 4
+    assert_allclose(ratio[~turning], 0.5, rtol=1e-6)
+    assert (ratio[turning] < 0.53).all()
+    three_bands = image("yarn", grid).frequencies[1] / pe.plain(grid).frequencies[1]
+    assert three_bands[0] == 1
+
+
 def test_isotropic_scale_uses_the_longer_side():
     grid, square = RopeSpec().grid(64, 160), RopeSpec().grid(160, 160)
-    for rule in ("pi", "ntk", "yarn"):
+    for rule in ("pi", "ntk", "yarn", "ntk_by_parts"):
         isotropic = image(f'{rule}(scale="isotropic")+temperature()', grid)
         same(isotropic, image(f"{rule}()+temperature()", square))  # the temperature follows the frequency rule
     mixed = image('ntk(scale="isotropic")+temperature(scale="per_axis")', grid)
@@ -156,7 +200,7 @@ def test_isotropic_scale_uses_the_longer_side():
 )
 def test_activation(activation, sides, active):
     grid = RopeSpec().grid(*sides)
-    for rule in ("pi", "ntk", "yarn"):
+    for rule in ("pi", "ntk", "yarn", "ntk_by_parts"):
         rope = image(f'{rule}(activation="{activation}")+temperature()', grid)
         got = [bool((rope.frequencies[a] != pe.plain(grid).frequencies[a]).any()) for a in (1, 2)]
         assert tuple(got) == active
@@ -193,7 +237,7 @@ def test_temperature_strength():
 def test_sigma_per_sample_equals_scalars():
     grid = RopeSpec().grid(100, 200)
     sigma = jnp.array([1.0, 0.61, 0.03, 0.0])
-    for preset in ("dype-pi", "dype-ntk", "dype-yarn", "vision-yarn"):
+    for preset in ("dype-pi", "dype-ntk", "dype-yarn", "dype-yarn-original", "vision-yarn"):
         batch = image(preset, grid, sigma)
         mapped = jax.vmap(lambda s, preset=preset: image(preset, grid, s))(sigma)
         for axis in (1, 2):

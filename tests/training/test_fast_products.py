@@ -1,5 +1,7 @@
 """The CPU training products against plain float32 ones: values and gradients up to bfloat16 rounding."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,22 @@ def test_matmul_and_its_gradients():
     np.testing.assert_array_equal(
         fast_products.matmul(x[:, 0], kernel), x[:, 0] @ kernel
     )  # conditioning vectors: exact
+
+
+def test_every_product_is_rows_by_columns():
+    """XLA's CPU backend has a fast routine for that form alone, and folds transpositions into products if it may."""
+    x, kernel, weight, q = random((3, 64, 16), (16, 8), (3, 64, 8), (3, 2, 64, 16))
+
+    def loss(x, kernel, q):
+        attended = fast_products._attention(q, q, q, jnp.float32(0.3))
+        return (fast_products.matmul(x, kernel) * weight).sum() + jnp.square(attended).sum()
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, kernel, q).compile().as_text()
+    found = re.findall(r"f32\[([\d,]+)\]\S* dot\(.*lhs_contracting_dims={(\d)}.*rhs_contracting_dims={(\d)}", text)
+    assert len(found) == 8  # two gradients of the matmul; attention's two products and the four of its gradients
+    for shape, left, right in found:
+        rank = shape.count(",") + 1
+        assert (int(left), int(right)) == (rank - 1, rank - 2)
 
 
 def test_attention_and_its_gradients_against_the_reference():
