@@ -277,7 +277,7 @@ class ntk_by_parts(_Extrapolation):
     def spatial(self, grid: Grid, signals: Signals) -> tuple[jax.Array | None, jax.Array | None]:
         kappa = strength_at(self.strength, signals, published=1.0)
         policy = self.policy()
-        axes = zip(grid.spec.dims[1:], policy.side(grid), policy.scales(grid), strict=True)
+        axes = zip(grid.spec.spatial_dims, policy.side(grid), policy.scales(grid), strict=True)
         return tuple(self._axis(d, grid.spec.theta, length, s, kappa) if s > 1 else None for d, length, s in axes)
 
     def _axis(self, channels: int, theta: float, length: int | float, s: float, kappa: jax.Array) -> jax.Array:

@@ -66,6 +66,12 @@ def as_yarn(d, theta, length, s, iso, power, rule=np.multiply):
     return base(d, theta) * (1 - gamma) + slow * gamma
 
 
+def by_parts(d, theta, length, s, iso, power):
+    """YaRN's paper: shares of plain and PI by the turns over the trained length, from 1 to 32 (times the strength)."""
+    kept = np.clip((length * base(d, theta) / (2 * np.pi) - power) / (31 * power), 0, 1)
+    return base(d, theta) * (kept + (1 - kept) / s)
+
+
 FREQUENCIES = {
     "pi": (as_pi, 1.0, False),
     "ntk": (as_ntk, 1.0, False),
@@ -73,6 +79,8 @@ FREQUENCIES = {
     "dype-pi": (as_pi, 2 * SIGMA**2, False),
     "dype-ntk": (as_ntk, 2 * SIGMA**2, False),
     "dype-yarn": (as_yarn, SIGMA**2, False),
+    "yarn-original": (by_parts, 1.0, False),
+    "dype-yarn-original": (by_parts, SIGMA**2, False),
     "vision-yarn": (lambda *a: as_yarn(*a, rule=np.power), 2 * SIGMA**2, True),
     'ntk(scale="isotropic",damping=0.1)': (lambda *a: as_ntk(*a, damping=0.1), 1.0, True),
 }
