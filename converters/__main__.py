@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from converters.current import leave
+
+leave(__file__)
+
 import argparse
 import sys
 from collections.abc import Sequence

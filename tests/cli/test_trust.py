@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from sega_jax.media.images import Image, read_metadata
 from sega_jax.media.latents import load_latents, save_latents
 from sega_jax.sampling.regions import Drawn
+from sega_jax.weights.hub import resolve
 from tests.cli.helpers import PROMPT, QUICK, files, nothing_is_loaded, pixels
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +98,16 @@ def test_the_current_folder_is_not_importable_during_the_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "ran").exists()
     assert (tmp_path / "out.png").exists()
+
+
+def test_nothing_of_the_current_folder_runs_in_the_converters(tmp_path):
+    for module in ("argparse", "numpy", "safetensors"):
+        (tmp_path / f"{module}.py").write_text(CODE)
+    command = [sys.executable, "-m", "converters", "inspect", str(resolve("nano"))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_record_does_not_say_where_files_go(run, tmp_path):
