@@ -381,7 +381,7 @@ class Generate(ModelOptions):
             if self.preview_every is not None:
                 raise ValueError(f"preview_every={self.preview_every}: only with --preview")
             return None
-        return Previews(self.preview.expanduser(), self.preview_every or 1, self.overwrite)
+        return Previews(expanded(self.preview), self.preview_every or 1, self.overwrite)
 
     def _place(
         self, jobs: list, outline: Any, folder: Path, transformer: Path | None, run: dict, size: int
