@@ -40,8 +40,8 @@ def test_forward_mode_with_the_reference_kernel(pipe, asked):
 @pytest.mark.parametrize(
     ("batch", "prompts", "sigma", "message"),
     [
-        (3, 1, 0.5, r"conditioning: text of shape \(1, .*batch of 3; expected one row for each"),
-        (1, 2, 0.5, r"conditioning: text of shape \(2, .*batch of 1"),
+        (3, 1, 0.5, r"conditioning: \w+ of shape \(1, .*batch of 3; expected one row for each"),
+        (1, 2, 0.5, r"conditioning: \w+ of shape \(2, .*batch of 1"),
         (1, 1, np.float32([0.5, 0.5]), r"sigma of shape \(2,\): expected a scalar"),
     ],
 )
