@@ -12,7 +12,7 @@ from typing import Any
 from converters.cover import check_cover
 from converters.errors import CheckpointError, CoverageError, naming
 from converters.keymap import Slot, Tensor, canonical
-from converters.keymaps import vae
+from converters.keymaps import t5, vae
 from converters.kinds import BY_NAME, FAMILIES, Family, Shapes
 from converters.others import refuse_others, refuse_pipeline, refuse_quantised
 from converters.reading.formats import PICKLE_SUFFIXES, choose_weights, read_json, read_pipeline
@@ -161,7 +161,8 @@ def _part(source: Source, where: str, folder: Path | None, recorded: Mapping[str
     tensors = family.tensors(config, layout)
     check_cover(tensors, named, where=where)
     named.check_aliases()
-    origin, names_there = layout, aliases
+    # GGUF's names for T5 are no layout of their own: what is written has transformers' names.
+    origin, names_there = layout, {} if any(t5.LLAMA.match(name) for name in names) else aliases
     if orbax:
         origin = recorded.get("origin")
         origin = origin if isinstance(origin, str) and origin in family.signatures else "orbax"

@@ -67,14 +67,16 @@ def refuse_others(
             raise CheckpointError(f"{where}: {what} ({len(found)} tensors such as {found[0]}); {instead}")
     present = set(names)
     for into, out in (("x_embedder.weight", "proj_out.weight"), ("img_in.weight", "final_layer.linear.weight")):
-        if {into, out} <= present and (wide := shape(into)[-1]) > (own := shape(out)[0]):
+        if not {into, out} <= present or not len(shape(into)) == len(shape(out)) == 2:
+            continue
+        if (wide := shape(into)[1]) > (own := shape(out)[0]):
             what = "FLUX.1 Fill, which paints into pictures" if wide == 6 * own else "FLUX.1 Depth or Canny"
             what = what if wide in (2 * own, 6 * own) else "a FLUX.1 model with a control picture"
             raise CheckpointError(f"{where}: {what} ({into} takes {wide} channels, {own} come out); {_FLUX}")
     said = " ".join([file, *(metadata.get(name, "") for name in _SAYS)])
     if re.search("kontext", said, re.IGNORECASE) and {"x_embedder.weight", "img_in.weight"} & present:
         raise CheckpointError(
-            f"{where}: FLUX.1 Kontext by its name ({said.strip():.80}), which edits pictures; {_FLUX}"
+            f"{where}: FLUX.1 Kontext, which edits pictures, by its name ({said.strip():.80}); {_FLUX}"
         )
 
 

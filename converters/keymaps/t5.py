@@ -55,6 +55,7 @@ _LLAMA = {
     "ffn_down": "layer.1.DenseReluDense.wo",
 }
 _LLAMA_ENDS = {"token_embd.weight": "shared.weight", "enc.output_norm.weight": "encoder.final_layer_norm.weight"}
+LLAMA = re.compile(r"enc\.|token_embd\.")  # how its names begin
 _LLAMA_BLOCK = re.compile(r"enc\.blk\.(\d+)\.(\w+)\.weight")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from converters.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000  # bytes, the library's
+_MOST_VALUES = 2**58  # along the axes of a shape that are not empty; numpy counts bytes in 63 bits
 _MOST_AXES = 32  # more than numpy 1 could hold; no model has more than five
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -88,6 +89,10 @@ class _Twice(Exception):
 
 def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(items)
+    for name, value in items:  # half of a surrogate pair is no text that could be shown or written
+        name.encode()
+        if isinstance(value, str):
+            value.encode()
     if len(found) != len(items):
         names = [name for name, _ in items]
         raise _Twice(repr(next(name for name in names if names.count(name) > 1)))
@@ -108,14 +113,14 @@ def _entries(header: Mapping[str, Any], start: int, size: int) -> dict[str, Entr
 
 
 def _entry(name: str, value: Any, start: int) -> Entry:
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise ValueError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     numbers = [shape, offsets]
-    if not all(isinstance(part, list) and all(type(n) is int and 0 <= n < 2**63 for n in part) for part in numbers):
+    if not all(isinstance(part, list) and all(type(n) is int and 0 <= n < 2**64 for n in part) for part in numbers):
         raise ValueError(f"tensor {name!r} has no shape or offsets of whole numbers")
-    if len(shape) > _MOST_AXES:
-        raise ValueError(f"tensor {name!r} has {len(shape)} axes")
+    if len(shape) > _MOST_AXES or math.prod(n for n in shape if n) > _MOST_VALUES:
+        raise ValueError(f"tensor {name!r} has {len(shape)} axes, too many or too large")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"tensor {name!r} is stored as {dtype!r:.40}, which is not known")
     if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != math.prod(shape) * BITS[dtype]:

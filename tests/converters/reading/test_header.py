@@ -22,7 +22,7 @@ TENSORS = {
 
 
 def library(path):
-    """What the library makes of a file; None if it refuses."""
+    """What the library makes of a file; why not, if it refuses."""
     try:
         with safe_open(path, framework="numpy") as file:
             found = {}
@@ -30,8 +30,8 @@ def library(path):
                 piece = file.get_slice(name)
                 found[name] = (piece.get_dtype(), tuple(piece.get_shape()))
             return found, dict(file.metadata() or {})
-    except (SafetensorError, OSError):
-        return None
+    except (SafetensorError, OSError) as exc:
+        return str(exc)
 
 
 def test_as_the_library_reads_it(tmp_path):
@@ -45,12 +45,13 @@ def test_as_the_library_reads_it(tmp_path):
         except CheckpointError as exc:
             header, said = None, str(exc)
         if header is None:
-            assert theirs is None or "twice" in said or "axes" in said, (seed, said)
+            assert isinstance(theirs, str) or "twice" in said or "axes" in said, (seed, said)
             refused += 1
-        elif theirs is None:  # but for metadata that holds other things than strings, nothing more is read
+        elif isinstance(theirs, str):  # but for metadata of other things than strings and numbers nobody reads
             length = struct.unpack("<Q", path.read_bytes()[:8])[0]
-            metadata = json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]
-            assert not metadata or any(not isinstance(value, str) for value in metadata.values()), seed
+            metadata = json.loads(path.read_bytes()[8 : 8 + length]).get("__metadata__") or {}
+            lenient = any(not isinstance(value, str) for value in metadata.values())
+            assert lenient or not metadata or "number out of range" in theirs, (seed, theirs)
         else:
             assert ({name: (e.dtype, e.shape) for name, e in header.tensors.items()}, header.metadata) == theirs
     assert 300 < refused < 1400
@@ -75,7 +76,7 @@ def with_metadata(metadata):
 def test_metadata_that_holds_other_things_than_strings(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(with_metadata({"step": 1000, "config": {"rank": 2}, "tags": ["a", None], "format": "pt"}))
-    assert library(path) is None
+    assert isinstance(library(path), str)
     metadata = MappedSource([path]).metadata
     assert metadata == {"step": "1000", "config": '{"rank": 2}', "tags": '["a", null]', "format": "pt"}
     path.write_bytes(with_metadata({"lora_alpha": 16}))  # and it counts
