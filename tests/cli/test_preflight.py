@@ -222,8 +222,14 @@ def kept_cache(tmp_path_factory):
     ("where", "at", "left"),
     [
         ("latents", 2, ["out-000.latents.safetensors", "out-000.state"]),  # of two pictures one has its latents
-        ("clear", 1, ["out-000.latents.safetensors", "out-000.state", "out-001.latents.safetensors"]),
-        ("unlink", 1, ["out-000.latents.safetensors", "out-000.png", "out-001.latents.safetensors"]),
+        pytest.param(
+            *("clear", 1, ["out-000.latents.safetensors", "out-000.state", "out-001.latents.safetensors"]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("unlink", 1, ["out-000.latents.safetensors", "out-000.png", "out-001.latents.safetensors"]),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_kill_leaves_nothing_for_ever(run, make, model, where, at, left):
