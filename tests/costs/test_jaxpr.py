@@ -185,7 +185,7 @@ def test_a_plan_counts_the_keys_that_travel(scheme, kv_heads):
             for h in (HEADS, kv_heads))  # fmt: skip
     mapped = jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     counted = jaxpr.count(mapped, q, k, k).collectives
-    config = SimpleNamespace(width=HEADS * WIDTH, heads=HEADS, double_layers=0, single_layers=1)
+    config = SimpleNamespace(width=HEADS * WIDTH, heads=HEADS, blocks=1, reductions=1)
     planned = traffic(config, IMAGE, 0, rows=1, sizes={"data": 1, "context": DEVICES, "tensor": 1}, number=4,
                       weights=0, scheme=scheme, kv_heads=kv_heads)  # fmt: skip
     kind = {"ulysses": "all-to-all", "ring": "collective-permute"}[scheme]

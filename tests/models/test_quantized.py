@@ -20,7 +20,7 @@ from sega_jax.layouts.streams import Stream, bind
 from sega_jax.models import adapters as lowrank
 from sega_jax.models.abstract import axes, build_abstract, initialize, parameters
 from sega_jax.models.flux import Flux, FluxConfig
-from sega_jax.models.layers import Linear
+from sega_jax.models.layers import Linear, stack
 from sega_jax.models.quantized import check_weights, quantize, quantized
 from sega_jax.positional.rope import plain
 from sega_jax.sampling.denoise import predict
@@ -186,11 +186,15 @@ def test_velocity_is_that_of_the_rounded_kernels():
 def test_of_parts_is_the_whole():
     class Holder(nnx.Module):
         def __init__(self, rngs):
-            self.double, self.single = Linear(10, 6, rngs=rngs), nnx.List([])
+            self.blocks = stack(lambda rngs: Linear(10, 6, rngs=rngs), 1, rngs)
 
-    layer = quantized(initialize(Holder)).double
+    def first(holder):
+        graphdef, params = nnx.split(holder.blocks)
+        return nnx.merge(graphdef, jax.tree.map(lambda x: x[0], params))
+
+    layer = first(quantized(initialize(Holder)))
     x = jax.random.normal(jax.random.key(0), (3, 10))
-    expected = np.asarray(x, np.float64) @ rounded(initialize(Holder).double.kernel[...])[2]
+    expected = np.asarray(x, np.float64) @ rounded(first(initialize(Holder)).kernel[...])[2]
     np.testing.assert_allclose(layer(x), expected, atol=1e-5)
     np.testing.assert_allclose(layer.of_parts(x[:, :4], x[:, 4:]), expected, atol=1e-5)
     narrow = layer(x.astype(jnp.bfloat16))

@@ -9,11 +9,11 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 import jax.numpy as jnp
-from sega_jax.hub import resolve
 
 import sega_jax as sj
 from sega_jax.models.flux import PACKING
 from sega_jax.positional.spectrum import axis_bins, radial_bins
+from sega_jax.weights.hub import resolve
 
 pytestmark = pytest.mark.parity
 

@@ -344,9 +344,10 @@ def test_nothing_refined_is_the_plain_pipeline_at_half_size(pipe):  # K = 0
 def test_one_compilation_per_stage_for_regions_of_one_budget(pipe):
     before = predict._cache_size()
     first = made(pipe, layout="crpa(fine=0.6)", regions="box:0,0,64,64", width=160)
-    assert predict._cache_size() == before + 3
+    stages = predict._cache_size() - before
+    assert 1 <= stages <= 3  # dense stages may be programs of runs before this one
     second = made(pipe, layout="crpa(fine=0.6)", regions="box:64,32,64,64", width=160)
-    assert predict._cache_size() == before + 3
+    assert predict._cache_size() == before + stages
     assert (first.levels == 0).sum() == (second.levels == 0).sum() == 16
     assert np.abs(first.latents - second.latents).max() > 1e-3
 

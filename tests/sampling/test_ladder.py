@@ -220,7 +220,7 @@ def test_a_plan_is_filled_in_and_repeats_itself(pipe):
     assert (first.layout, second.layout, third.layout) == ("dense", "dense", "scalediff(window=(8, 16))")
     assert (first.start, second.start, third.start) == (None, 8, 10)
     assert second.positional.endswith("sega_magnitude()")
-    assert third.positional == "pi()"  # 16 tokens of a window, 12 trained
+    assert third.positional == "pi()+sega_magnitude()"  # 16 tokens of a window, 12 trained
     again = pipe.plan("a", layout="scalediff", ladder=plan.record(0)["ladder"])
     assert again.ladder == plan.ladder
     assert plan.evaluations() == 20 + 12 + 10
@@ -264,7 +264,7 @@ def test_conflicts_are_refused(pipe):
     with pytest.raises(ValueError, match="tau"):
         pipe.plan("a", ladder="256,512", strength=0.5)
     with pytest.raises(ValueError, match="give two sizes"):
-        pipe.plan("a", ladder="256", from_picture=True)
+        pipe.plan("a", ladder="256", photo=(256, 256))
     with pytest.raises(ValueError, match="factors of two and three"):
         pipe.plan("a", layout="scalediff", width=400, height=400)
 

@@ -17,7 +17,7 @@ from sega_jax.models import adapters as A
 from sega_jax.models.abstract import initialize
 from sega_jax.models.flux import PACKING, Flux, FluxConfig
 from sega_jax.positional.rope import plain
-from sega_jax.sampling import resume, scale_dit
+from sega_jax.sampling import scale_dit, states
 from sega_jax.sampling.denoise import Conditioning, Velocity
 from sega_jax.sampling.sampler import Noise
 from sega_jax.sampling.scale_dit import Guided, TwoStage
@@ -110,7 +110,11 @@ def cache(module: Flux, sigma: float, mask_of: ScaleDiT):
     """Keys and values of the small stream as it runs along at a noise level."""
     grid = SPEC.grid(8, 8, TEXT)
     streams = mask_of.streams()
-    x = {"text": conditioning().text, "image": PACKING.pack(latents(16, 0)), "low": PACKING.pack(latents(4, 9))}
+    x = {
+        "text": conditioning().arrays["text"],
+        "image": PACKING.pack(latents(16, 0)),
+        "low": PACKING.pack(latents(4, 9)),
+    }
     calls = bind(mask_of.calls(grid), {"image": dict.fromkeys(("text", "image"), plain(grid))})
     return module.keys_values(
         step_inputs(x, jnp.full((1,), sigma), conditioning().arrays["pooled"], jnp.full((1,), 3.5)),
@@ -138,7 +142,7 @@ def test_cached_equals_recomputed(changed, negative):
     along, _ = v.advance(params, latents(16, 0), 0.3, asked, content={"low": PACKING.pack(low)})
     made = scale_dit.small_stream(
         params, v.method, low, asked, graphdef=v.graphdef, layout=ScaleDiT(low="alone"), grid=SPEC.grid(8, 8, TEXT),
-        dtype="float32",
+        dtype="float32", packing=v.packing,
     )  # fmt: skip
     params, v = velocity(changed, ScaleDiT(low="cached", adapt="flux1"))
     given, _ = v.advance(params, latents(16, 0), 0.3, asked, content={"given": {"low": made}})
@@ -312,6 +316,6 @@ def test_states_of_both_stages_can_be_saved_and_read():
     late = {"low": jnp.ones(3), "latents": jnp.ones(2), "cache": (pair, pair), "method": {"image": None}}
     early = {"low": jnp.ones(3), "noise": jnp.ones(2), "method": {"image": None}}
     leaves = {}
-    outline = resume._outline(late, leaves)
-    again = resume._filled(outline, {name: np.asarray(x) for name, x in leaves.items()}, early)
+    outline = states._outline(late, leaves)
+    again = states._filled(outline, {name: np.asarray(x) for name, x in leaves.items()}, early)
     assert jax.tree.structure(again) == jax.tree.structure(late)

@@ -244,7 +244,7 @@ def test_captions(tmp_path):
 def test_encoded_folders_belong_to_one_size_and_lose_no_picture(tmp_path):
     class Pipe:
         def encode(self, prompts):
-            return SimpleNamespace(text=np.zeros((1, 4, 8)), pooled=np.zeros((1, 8)))
+            return SimpleNamespace(arrays={"text": np.zeros((1, 4, 8)), "pooled": np.zeros((1, 8))})
 
         def encode_image(self, images):
             return images[:, ::8, ::8]

@@ -55,7 +55,7 @@ def values(parts):
     return {
         (name, path): np.asarray(leaf[...])
         for name, attribute in COMPONENTS.items()
-        for path, leaf in parameters_of(getattr(parts, attribute)).items()
+        for path, leaf in parameters_of(parts.encoders.get(attribute) or getattr(parts, attribute)).items()
     }
 
 
