@@ -64,7 +64,7 @@ def vae_json(config: VaeConfig) -> dict:
 def clip_json() -> dict:
     """``text_encoder/config.json``."""
     config = nano.CLIP
-    start = vocabulary.clip_tables()[0]["<|startoftext|>"]
+    start = vocabulary.clip_tables(nano.WORDS)[0]["<|startoftext|>"]
     return {
         "architectures": ["CLIPTextModel"],
         "attention_dropout": 0.0,
@@ -175,14 +175,14 @@ def export(modules: Mapping[str, nnx.Module], folder: Path) -> int:
         _json(folder / name / "config.json", config)
         tensors = published(modules[name], rows, dims)
         if name == "text_encoder_2":
-            capitalised, lower = vocabulary.t5_aliases()
+            capitalised, lower = vocabulary.t5_aliases(nano.WORDS)
             tensors["shared.weight"][capitalised] = tensors["shared.weight"][lower]
         tensors = {key: value.astype(ml_dtypes.bfloat16) for key, value in tensors.items()}
         path = folder / name / f"{stem}.safetensors"
         save_file(tensors, path, metadata={"format": "pt"})
         size += path.stat().st_size
-    vocabulary.write_clip(folder / "tokenizer")
-    vocabulary.write_t5(folder / "tokenizer_2")
+    vocabulary.write_clip(folder / "tokenizer", nano.WORDS)
+    vocabulary.write_t5(folder / "tokenizer_2", nano.WORDS)
     _json(folder / "scheduler" / "scheduler_config.json", scheduler_json())
     _json(folder / "model_index.json", MODEL_INDEX)
     return size

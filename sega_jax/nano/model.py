@@ -1,4 +1,4 @@
-"""Sizes of `nano` and its four networks, built from the same classes as FLUX.1."""
+"""Sizes of `nano`'s coming weights and its four networks, built from the same classes as FLUX.1."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from sega_jax.models.clip import ClipConfig, ClipTextEncoder
 from sega_jax.models.flux import Flux, FluxConfig
 from sega_jax.models.t5 import T5Config, T5Encoder
 from sega_jax.models.vae import Vae, VaeConfig
+from sega_jax.nano.next import grammar
 from sega_jax.nano.vocabulary import CLIP_LENGTH, T5_LENGTH, clip_tables, t5_pieces
 
-TRAINED = (12, 12)  # tokens per side; 192 x 192 pixels
+WORDS = tuple(grammar.words())
+TRAINED = (16, 16)  # tokens per side; 256 x 256 pixels
 PIXELS_PER_TOKEN = 16
 
 VAE = VaeConfig(
@@ -24,24 +26,25 @@ VAE = VaeConfig(
 TRANSFORMER = FluxConfig(
     in_channels=64,
     double_layers=1,
-    single_layers=5,
-    heads=1,
-    head_dim=128,
+    single_layers=6,
+    heads=2,
+    head_dim=64,
+    rope_dims=(8, 28, 28),
     text_dim=128,
     pooled_dim=128,
     guidance_embeds=False,
 )
-T5 = T5Config(vocab_size=len(t5_pieces()), d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2)
+T5 = T5Config(vocab_size=len(t5_pieces(WORDS)), d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2)
 CLIP = ClipConfig(
-    vocab_size=len(clip_tables()[0]),
+    vocab_size=len(clip_tables(WORDS)[0]),
     hidden_size=128,
     intermediate_size=256,
     num_hidden_layers=1,
     num_attention_heads=2,
     max_position_embeddings=CLIP_LENGTH,
-    eos_token_id=clip_tables()[0]["<|endoftext|>"],
+    eos_token_id=clip_tables(WORDS)[0]["<|endoftext|>"],
 )
-# The scheduler's anchors (tokens, mu).  nano's native 144 tokens play the part of FLUX.1's native 4,096: both have
+# The scheduler's anchors (tokens, mu).  nano's native 256 tokens play the part of FLUX.1's native 4,096: both have
 # mu 1.15.
 SHIFT_ANCHORS = ((64, 0.5), (TRAINED[0] * TRAINED[1], 1.15))
 

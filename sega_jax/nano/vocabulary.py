@@ -1,6 +1,6 @@
 """The tokenisers of `nano`: small vocabularies in the file formats of T5 and CLIP.
 
-Every word of the grammar is one token for both, whatever its case; to T5 any other word is unknown, which is how a
+Every word of a grammar is one token for both, whatever its case; to T5 any other word is unknown, which is how a
 prompt is found to contain it.  transformers and `sega_jax.models.tokenize` read the same files and give the same ids.
 """
 
@@ -10,13 +10,12 @@ import functools
 import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from sega_jax.nano import grammar
-
-T5_LENGTH = 16  # the longest caption has 13
+T5_LENGTH = 16  # the longest caption has 15
 CLIP_LENGTH = 77
 
 _SPACE = "▁"
@@ -26,27 +25,26 @@ _PUNCTUATION = (",", ".", ";", ":", "!", "?", "-", "'")
 _SCORE = -2.0  # log-probability; all alike, since no text can be split in two ways
 
 
-def t5_pieces() -> list[tuple[str, float]]:
+def t5_pieces(words: Sequence[str]) -> list[tuple[str, float]]:
     """Pieces of the T5 vocabulary with their scores; the index is the id."""
     pieces = [(token, 0.0) for token in _T5_SPECIAL]
-    pieces += [(_SPACE + word, _SCORE) for word in grammar.words()]
+    pieces += [(_SPACE + word, _SCORE) for word in words]
     pieces += [(mark, _SCORE) for mark in (*_PUNCTUATION, _SPACE)]
-    return pieces + [(_SPACE + word.capitalize(), _SCORE) for word in grammar.words()]
+    return pieces + [(_SPACE + word.capitalize(), _SCORE) for word in words]
 
 
-def t5_aliases() -> tuple[list[int], list[int]]:
+def t5_aliases(words: Sequence[str]) -> tuple[list[int], list[int]]:
     """Ids of capitalised words, and of the same words in lower case, whose embeddings they share.
 
     transformers ignores a normaliser in a T5 tokeniser file, so case has to be folded here.
     """
-    ids = {piece: i for i, (piece, _) in enumerate(t5_pieces())}
-    words = grammar.words()
+    ids = {piece: i for i, (piece, _) in enumerate(t5_pieces(words))}
     return [ids[_SPACE + word.capitalize()] for word in words], [ids[_SPACE + word] for word in words]
 
 
-def write_t5(folder: Path) -> None:
+def write_t5(folder: Path, words: Sequence[str]) -> None:
     """``tokenizer.json`` (Unigram) and ``tokenizer_config.json`` of the T5 tokeniser."""
-    tokenizer = Tokenizer(models.Unigram(t5_pieces(), unk_id=_T5_SPECIAL.index("<unk>")))
+    tokenizer = Tokenizer(models.Unigram(t5_pieces(words), unk_id=_T5_SPECIAL.index("<unk>")))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="always")
     end = _T5_SPECIAL.index("</s>")
@@ -80,7 +78,7 @@ def _added(token: str) -> dict[str, object]:
     }
 
 
-def _merges(words: list[str]) -> list[tuple[str, str]]:
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
     """Byte-pair merges that make every word one token: the most frequent pair first, ties by spelling.
 
     The trainer of the tokenizers library breaks ties by hash order, so its ids change from run to run.
@@ -102,17 +100,17 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def clip_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def clip_tables(words: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of the CLIP tokeniser: bytes, bytes that end a word, merges up to whole words."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _merges(grammar.words())
+    merges = _merges(words)
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
     return {token: i for i, token in enumerate([*tokens, *_CLIP_SPECIAL])}, merges
 
 
-def write_clip(folder: Path) -> None:
+def write_clip(folder: Path, words: Sequence[str]) -> None:
     """``vocab.json``, ``merges.txt`` and ``tokenizer_config.json`` of the CLIP tokeniser."""
-    vocabulary, merges = clip_tables()
+    vocabulary, merges = clip_tables(tuple(words))
     start, end = (vocabulary[token] for token in _CLIP_SPECIAL)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "vocab.json", vocabulary)

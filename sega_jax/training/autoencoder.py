@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from converters.components import open_component
+from sega_jax import nano
 from sega_jax.models.vae import Vae, VaeConfig, sample_posterior
-from sega_jax.nano import grammar, render
+from sega_jax.nano.model import build_vae
+from sega_jax.nano.next import grammar, render
 from sega_jax.training.loop import Loss
+from sega_jax.weights.load import load_part
 
 CANVASES = ((128, 128), (192, 192), (256, 256), (192, 320), (320, 192), (512, 512), (1024, 1024))
+
+
+def shipped() -> Vae:
+    """The autoencoder of the weights that ship, in float32: where training begins, as edges and colours stay alike."""
+    part = open_component(Path(nano.__file__).parent / "checkpoint" / "vae", "vae")
+    with closing(part.source):
+        return load_part(build_vae, part)
 
 
 def vae_loss(graph: nnx.GraphDef, *, kl_weight: float) -> Loss:

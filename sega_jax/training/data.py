@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,12 +15,12 @@ from flax import nnx
 from sega_jax.models.flux import PACKING
 from sega_jax.models.tokenize import TextTokenizer
 from sega_jax.models.vae import Vae
-from sega_jax.nano import grammar, render
 from sega_jax.nano import model as nano
-from sega_jax.training.flow_matching import Batch, calls_for
+from sega_jax.nano.next import grammar, render
+from sega_jax.training.flow_matching import Batch
 
 CLIP_TRAIN_LENGTH = 24  # no caption is longer, and causality hides the rest from the pooled vector
-CAPTION_DROP = 0.05
+CAPTION_DROP = 0.08
 _CHUNK = 32
 
 
@@ -38,20 +38,41 @@ class Bucket:
 
 
 BUCKETS = (
-    Bucket(8, 8, 6000),
-    Bucket(12, 12, 3000),
-    Bucket(9, 12, 640),
-    Bucket(12, 9, 640),
+    Bucket(12, 12, 3200),
+    Bucket(9, 16, 1200),
+    Bucket(16, 9, 1200),
+    Bucket(8, 18, 800),
+    Bucket(18, 8, 800),
+    Bucket(16, 16, 4800),
+    Bucket(12, 20, 960),
+    Bucket(20, 12, 960),
+    Bucket(10, 24, 640),
+    Bucket(24, 10, 640),
 )
+Shares = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Token grids of one token count, which may share a batch: names of buckets and their shares of its pictures."""
+
+    share: float
+    shares: Shares
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training: which buckets, with which share of the steps, at which batch size."""
+    """A stretch of training: which families, with which share of the steps each, at which batch size."""
 
     steps: int
     batch: int
-    shares: tuple[tuple[str, float], ...]
+    families: tuple[Family, ...]
+
+
+# Sides from 128 to 384 pixels and aspect ratios up to 2.4: positions up to 23 are seen in rows and in columns.
+SMALL = (("12x12", 0.4), ("9x16", 0.18), ("16x9", 0.18), ("8x18", 0.12), ("18x8", 0.12))
+NOMINAL = (("16x16", 1.0),)
+OBLONG = (("12x20", 0.3), ("20x12", 0.3), ("10x24", 0.2), ("24x10", 0.2))
 
 
 def encode_bucket(vae: Vae, bucket: Bucket, folder: Path, seed: int = 0) -> None:
@@ -107,39 +128,40 @@ def batches(
 ) -> tuple[Callable[[int], Batch], int]:
     """``batch(step)`` over encoded buckets, and the number of steps of all phases.
 
-    Each step draws its bucket by the phase's shares, then pictures, wordings and dropped captions, from a generator
-    seeded with (seed, step).
+    Each step draws a family by the phase's shares, then for every picture its bucket, and pictures, wordings and
+    dropped captions, from a generator seeded with (seed, step).
     """
     clip_ids = caption_ids(clip, CLIP_TRAIN_LENGTH)
     t5_ids = caption_ids(t5, t5.length)
     ends = np.cumsum([phase.steps for phase in phases])
-    opened: dict[str, tuple] = {}
 
-    def bucket(name: str) -> tuple:
-        if name not in opened:
-            rows, columns = (int(side) for side in name.split("x"))
-            opened[name] = (
-                np.load(folder / f"{name}.npy", mmap_mode="r"),
-                np.load(folder / f"{name}.scenes.npy"),
-                jnp.float32(nano.shift_mu(rows * columns)),
-                jax.tree.map(jnp.asarray, calls_for(rows, columns)),
-            )
-        return opened[name]
+    @functools.cache
+    def bucket(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows, columns = (int(side) for side in name.split("x"))
+        tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
+        return tokens, np.load(folder / f"{name}.scenes.npy"), nano.grid(rows, columns).ids()["image"]
 
     def batch(step: int) -> Batch:
         phase = phases[int(np.searchsorted(ends, step, side="right"))]
         rng = np.random.default_rng((seed, step))
-        names, shares = zip(*phase.shares, strict=True)
-        tokens, scenes, mu, calls = bucket(names[rng.choice(len(names), p=np.asarray(shares) / sum(shares))])
-        rows = rng.integers(len(tokens), size=phase.batch)
-        captions = np.where(rng.random(phase.batch) < CAPTION_DROP, len(clip_ids) - 1, scenes[rows])
+        family = phase.families[_pick(rng, [family.share for family in phase.families])]
+        names, shares = zip(*family.shares, strict=True)
+        drawn = [bucket(names[_pick(rng, shares)]) for _ in range(phase.batch)]
+        rows = [int(rng.integers(len(tokens))) for tokens, _, _ in drawn]
+        scenes = np.asarray([scenes[row] for (_, scenes, _), row in zip(drawn, rows, strict=True)])
+        captions = np.where(rng.random(phase.batch) < CAPTION_DROP, len(clip_ids) - 1, scenes)
         wordings = rng.integers(clip_ids.shape[1], size=phase.batch)
+        tokens = np.stack([tokens[row] for (tokens, _, _), row in zip(drawn, rows, strict=True)])
         return Batch(
-            jnp.asarray(tokens[rows].astype(np.float32)),
+            jnp.asarray(tokens.astype(np.float32)),
             jnp.asarray(clip_ids[captions, wordings]),
             jnp.asarray(t5_ids[captions, wordings]),
-            mu,
-            calls,
+            jnp.float32(nano.shift_mu(tokens.shape[1])),
+            jnp.asarray(np.stack([positions for _, _, positions in drawn])),
         )
 
     return batch, int(ends[-1])
+
+
+def _pick(rng: np.random.Generator, shares: Sequence[float]) -> int:
+    return int(rng.choice(len(shares), p=np.asarray(shares) / sum(shares)))

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from sega_jax.layouts.dense import Dense
-from sega_jax.layouts.streams import Call, bind
+from sega_jax.layouts.streams import Call, KeySet, Tokens, bind
 from sega_jax.models.denoiser import StepInputs
 from sega_jax.nano import model as nano
 from sega_jax.positional.rope import plain
@@ -50,27 +49,29 @@ def flow_matching_loss(velocity: Velocity, clean: jax.Array, noise: jax.Array, s
 
 
 class Batch(NamedTuple):
-    """One step's data: packed latents of one token grid and the captions' token ids.
+    """One step's data: packed latents of pictures with one token count, and the captions' token ids.
 
     Attributes:
         tokens: normalised packed latents, f32 [B, N, C].
         clip_ids: i32 [B, up to 77]; t5_ids: i32 [B, T].
         mu: schedule shift of the token count, f32 scalar.
-        calls: bound attention calls of the grid.
+        positions: ids of the image tokens, f32 [B, N, 3]: the pictures of a batch may have different sides.
     """
 
     tokens: jax.Array
     clip_ids: jax.Array
     t5_ids: jax.Array
     mu: jax.Array
-    calls: tuple[Call, ...]
+    positions: jax.Array
 
 
-def calls_for(rows: int, columns: int) -> tuple[Call, ...]:
-    """Bound dense attention calls, with the plain rotation, of a token grid."""
-    grid = nano.grid(rows, columns)
+def calls_for(positions: jax.Array) -> tuple[Call, ...]:
+    """Bound dense attention calls, with the plain rotation, of image tokens at ``positions`` [B, N, 3]."""
+    grid = nano.grid(*nano.TRAINED)  # its text and its frequencies are those of every grid
+    text, image = Tokens("text", ("image", "text"), grid.ids()["text"]), Tokens("image", ("image", "image"), positions)
     rope = plain(grid)
-    return bind(Dense().calls(grid), {"image": {"text": rope, "image": rope}})
+    call = Call((KeySet((text, image), (text, image)),), ("scatter", "scatter"))
+    return bind((call,), {"image": {"text": rope, "image": rope}})
 
 
 def predict(modules: Mapping[str, nnx.Module], batch: Batch, noisy: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -79,7 +80,8 @@ def predict(modules: Mapping[str, nnx.Module], batch: Batch, noisy: jax.Array, s
     text = modules["text_encoder_2"](batch.t5_ids)
     inputs = {"text": text, "image": noisy}
     inputs = StepInputs(inputs, sigma, {"pooled": pooled})
-    velocity = modules["transformer"](inputs, batch.calls, backend=fast_products.BACKEND, unroll=True)
+    calls = calls_for(batch.positions)
+    velocity = modules["transformer"](inputs, calls, backend=fast_products.BACKEND, unroll=True)
     return velocity["image"]
 
 

@@ -98,13 +98,13 @@ def save(path: Path, state: Tree) -> None:
         temporary.write_bytes(serialise(arrays))
 
 
-def restore(path: Path, like: Tree) -> Tree:
-    """A tree written by `save`, in the structure of ``like``.
+def restore(path: Path, like: Tree, part: str = "") -> Tree:
+    """A tree written by `save`, in the structure of ``like``; with ``part``, such as ``".ema"``, that branch of it.
 
     Raises:
         ValueError: if names, shapes or dtypes differ from those of ``like``.
     """
-    arrays = load_file(path)
+    arrays = {name.removeprefix(part): x for name, x in load_file(path).items() if name.startswith(part)}
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(where) for where, _ in leaves]
     if set(names) != set(arrays):

@@ -12,16 +12,16 @@ from flax import nnx
 
 from sega_jax.nano import model as nano
 from sega_jax.training import recipe
-from sega_jax.training.data import Bucket, Phase
+from sega_jax.training.data import Bucket, Family, Phase
 
 ROOT = Path(__file__).parents[2]
-TINY = recipe.Recipe(buckets=(Bucket(2, 2, 8),), phases=(Phase(6, 2, (("2x2", 1.0),)),), warmup=2)
+TINY = recipe.Recipe(buckets=(Bucket(2, 2, 8),), phases=(Phase(6, 2, (Family(1.0, (("2x2", 1.0),)),)),), warmup=2)
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """A work folder with latents made by hand, and networks of one narrow block."""
-    narrow = {"single_layers": 1, "head_dim": 16, "rope_dims": (4, 6, 6), "text_dim": 16, "pooled_dim": 16}
+    narrow = {"single_layers": 1, "heads": 1, "head_dim": 16, "rope_dims": (4, 6, 6), "text_dim": 16, "pooled_dim": 16}
     monkeypatch.setattr(nano, "TRANSFORMER", dataclasses.replace(nano.TRANSFORMER, **narrow))
     monkeypatch.setattr(nano, "T5", dataclasses.replace(nano.T5, d_model=16, d_kv=8, d_ff=16, num_layers=1))
     monkeypatch.setattr(nano, "CLIP", dataclasses.replace(nano.CLIP, hidden_size=16, intermediate_size=16))
@@ -52,6 +52,24 @@ def test_killed_and_resumed_training_of_the_generator_gives_the_same_bits(tiny):
     resumed = recipe.train_generator(TINY, tiny, lines.append, every=2)
     assert [line.split()[1] for line in lines] == ["4/6", "6/6"]  # the report comes before the file: from step 2 on
     jax.tree.map(np.testing.assert_array_equal, states(whole), states(resumed))
+
+
+def test_a_run_goes_on_elsewhere_from_the_state_it_leaves(tiny, tmp_path_factory):
+    """Autoencoder, statistics and generator are all of it; what is exported is the state's moving average."""
+    trained = recipe.train_generator(TINY, tiny, lambda line: None, every=2)
+    jax.tree.map(np.testing.assert_array_equal, states(trained), states(recipe.averaged_generator(tiny)))
+
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"no autoencoder\.safetensors, vae\.json; give a folder"):
+        recipe.begin_from(tiny, elsewhere)
+    for name in recipe.STATE[:2]:
+        (tiny / name).write_bytes(b"made by hand")
+    (elsewhere / "vae.json").write_text("of its own")
+    assert recipe.begin_from(tiny, elsewhere) == ["autoencoder.safetensors", "generator.safetensors"]
+    assert (elsewhere / "vae.json").read_text() == "of its own"
+    assert (elsewhere / "generator.safetensors").read_bytes() == (tiny / "generator.safetensors").read_bytes()
+    with pytest.raises(FileNotFoundError, match="no state of the generator"):
+        recipe.averaged_generator(tmp_path_factory.mktemp("empty"))
 
 
 @pytest.mark.slow
