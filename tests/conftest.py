@@ -8,6 +8,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -15,6 +16,9 @@ from jaxtyping import install_import_hook
 # Array code is checked at run time; modules that answer bad arguments with messages of their own are not.
 CHECKED = ("geometry", "positional", "layouts", "attention", "models")
 install_import_hook([f"sega_jax.{module}" for module in CHECKED], "beartype.beartype")
+
+hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("suite")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

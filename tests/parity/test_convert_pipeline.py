@@ -84,10 +84,8 @@ def test_loras_merged_at_load_against_diffusers(tmp_path, expected):
         state = {key: value.numpy() for key, value in module.state_dict().items()}
         part = open_component(resolve("nano"), name)
         prefix = "" if all(tensor.source in state for tensor in part.tensors) else "text_model."
-        merged, before = (
-            parameters(nnx.merge(getattr(parts, attribute).graphdef, getattr(parts, attribute).params))
-            for parts in (ours, plain)
-        )
+        found = (parts.encoders.get(attribute) or getattr(parts, attribute) for parts in (ours, plain))
+        merged, before = (parameters(nnx.merge(component.graphdef, component.params)) for component in found)
         changed = 0
         for tensor in part.tensors:
             for slot, piece in zip(tensor.slots, tensor.pieces(state[prefix + tensor.source]), strict=True):
